@@ -1,0 +1,2 @@
+clusterkv_add_benchmark(kmeans_benchmark kmeans_benchmark.cc)
+target_link_libraries(kmeans_benchmark PRIVATE hwy::hwy)
