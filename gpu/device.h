@@ -1,0 +1,78 @@
+// Where device work runs: memory, streams, events and the operations, behind narrow interfaces.
+// `cuda` and `host` are the backends; `host` runs the same operations on the CPU over shared
+// memory, with a real FIFO stream thread, so that asynchrony is exercised without a GPU.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "gpu/unique_fd.h"
+
+namespace clusterkv::gpu {
+
+class ClusterOps;
+class DecodeOps;
+
+// A point in a stream. Thread-safe.
+class Event {
+ public:
+  virtual ~Event() = default;
+  virtual bool done() const = 0;
+  // Errors: DEADLINE_EXCEEDED. Says nothing about the success of the work before it.
+  virtual absl::Status Wait(absl::Duration timeout) const = 0;
+};
+
+// A FIFO of device work. Work after a failed piece is skipped; the first error is kept until
+// Synchronize reports it. Thread-safe; destruction waits for what is enqueued.
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  virtual absl::Status CopyAsync(void* destination, const void* source, size_t bytes) = 0;
+  virtual absl::StatusOr<std::unique_ptr<Event>> Record() = 0;
+  // Waits for all that is enqueued; returns the first error since the last call and forgets it.
+  virtual absl::Status Synchronize() = 0;
+};
+
+// Device memory that this process owns or has imported. Move-only; freed when destroyed.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual std::byte* data() const = 0;
+  virtual size_t bytes() const = 0;
+  // A descriptor that another process can import; INVALID_ARGUMENT unless made exportable.
+  virtual absl::StatusOr<UniqueFd> Export() const = 0;
+};
+
+// Thread-safe.
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual const std::string& backend() const = 0;      // "host", "cuda"
+  virtual const std::string& description() const = 0;  // for people
+  virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) = 0;
+  // Zeroed. Errors: RESOURCE_EXHAUSTED.
+  virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(size_t bytes) = 0;
+  // Zeroed, and can be exported. Errors: RESOURCE_EXHAUSTED.
+  virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocateShared(size_t bytes) = 0;
+  // Maps memory that another process exported. Errors: INVALID_ARGUMENT if it is shorter.
+  virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Import(UniqueFd fd, size_t bytes) = 0;
+  virtual DecodeOps& decode_ops() = 0;
+  virtual ClusterOps& cluster_ops() = 0;
+};
+
+struct DeviceOptions {
+  std::string backend = "auto";  // "host", "cuda" or "auto": cuda if it is there, else host
+  int threads = 0;               // of the host backend; 0 = all cores this process may use
+};
+
+// The registry of backends. Errors: INVALID_ARGUMENT for an unknown name, UNAVAILABLE for a
+// backend that this build or machine does not have. `cuda` never falls back silently.
+absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& options);
+
+}  // namespace clusterkv::gpu

@@ -1,0 +1,268 @@
+#include "gpu/host/host_decode_ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "gpu/host/decode_steps.h"
+#include "gpu/host/host_stream.h"
+#include "gpu/status_macros.h"
+
+namespace clusterkv::gpu::host {
+namespace {
+
+absl::Status EnqueueOn(Stream& stream, HostStream::Work work) {
+  auto* const host_stream = dynamic_cast<HostStream*>(&stream);
+  if (host_stream == nullptr) {
+    return absl::InvalidArgumentError("the stream is not one of the host backend");
+  }
+  return host_stream->Enqueue(std::move(work));
+}
+
+bool IsUsable(const BatchSlot& slot) {
+  return slot.active != 0 && slot.state != nullptr && slot.layout != nullptr;
+}
+
+bool IsCurrent(const BatchSlot& slot) {
+  return IsUsable(slot) && StateView(slot).IsCurrent(slot.generation);
+}
+
+// One tensor serves the whole batch, so its slots agree on the shape of a token.
+absl::Status CheckBatch(Batch batch, uint32_t layer) {
+  const StateLayout* first = nullptr;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const BatchSlot& slot = batch[i];
+    if (slot.active == 0) continue;
+    if (slot.state == nullptr || slot.layout == nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat("batch slot ", i, " has no state or layout"));
+    }
+    const StateLayout& layout = *slot.layout;
+    if (layer >= layout.layers) {
+      return absl::InvalidArgumentError(absl::StrCat("layer is ", layer, " in batch slot ", i,
+                                                     "; allowed: below ", layout.layers));
+    }
+    if (first == nullptr) first = slot.layout;
+    if (layout.kv_heads != first->kv_heads || layout.group_size != first->group_size ||
+        layout.head_dim != first->head_dim || layout.dtype != first->dtype) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("batch slot ", i, " has another shape than those before it"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// All (slot, KV head) pairs of a batch, in parallel. `body(slot_index, kv_head)`.
+template <typename Body>
+void ForEachHead(ThreadPool& pool, Batch batch, const Body& body) {
+  uint32_t kv_heads = 0;
+  for (const BatchSlot& slot : batch) {
+    if (IsUsable(slot)) kv_heads = std::max(kv_heads, slot.layout->kv_heads);
+  }
+  pool.ParallelFor(batch.size() * kv_heads, [&](size_t i) {
+    const size_t index = i / kv_heads;
+    const auto kv_head = static_cast<uint32_t>(i % kv_heads);
+    if (IsUsable(batch[index]) && kv_head < batch[index].layout->kv_heads) body(index, kv_head);
+  });
+}
+
+void WriteHead(const WriteTokensArgs& args, uint32_t layer_offset, uint32_t kv_head) {
+  const StateView view(args.slot);
+  const StateLayout& layout = view.layout();
+  const size_t head = layout.head_index(args.layer_begin + layer_offset, kv_head);
+  const size_t base = layer_offset * args.source.layer_stride + kv_head * args.source.head_stride;
+  // Of the tokens that would share a window slot only the newest stays: skip the others.
+  const uint32_t end = args.position + args.count;
+  const uint32_t newest = end > layout.window_slots ? end - layout.window_slots : 0;
+  for (uint32_t token = 0; token < args.count; ++token) {
+    const uint32_t position = args.position + token;
+    if (position >= layout.sink_tokens && position < newest) continue;
+    const size_t offset = base + token * args.source.token_stride;
+    WriteToken(view, head, position, args.source.k + offset, args.source.v + offset);
+  }
+}
+
+absl::Status CheckWriteTokens(const WriteTokensArgs& args) {
+  CKV_RETURN_IF_ERROR(CheckBatch(Batch(&args.slot, 1), args.layer_begin));
+  if (args.slot.active == 0) return absl::OkStatus();
+  const StateLayout& layout = *args.slot.layout;
+  if (uint64_t{args.layer_begin} + args.layer_count > layout.layers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layers ", args.layer_begin, " + ", args.layer_count, " of ", layout.layers));
+  }
+  if (uint64_t{args.position} + args.count > layout.max_tokens ||
+      args.length_after > layout.max_tokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("position ", args.position, " + count ", args.count, " or length_after ",
+                     args.length_after, " exceeds max_tokens, ", layout.max_tokens));
+  }
+  if (args.count > 0 && args.layer_count > 0 &&
+      (args.source.k == nullptr || args.source.v == nullptr)) {
+    return absl::InvalidArgumentError("source of K or V is null");
+  }
+  return absl::OkStatus();
+}
+
+void BeginSlot(const BatchSlot& slot) {
+  const StateView view(slot);
+  const StateLayout& layout = view.layout();
+  StepLatch& latch = view.latch();
+  // Acquire: what was published with the count is seen by all that follows in this step.
+  const uint32_t published = view.published_segments().load(std::memory_order_acquire);
+  latch.segments = std::min(published, layout.max_segments);
+  latch.cut = latch.segments == 0 ? layout.sink_tokens : view.segment_ends()[latch.segments - 1];
+  ++latch.length;
+  ++latch.step;
+  const uint32_t begin = view.WindowBegin();
+  if (latch.length > begin && latch.length - begin > layout.window_slots) {
+    latch.errors |= kWindowOverflow;
+  }
+}
+
+GroupQueries QueriesOf(const QuerySource& queries, size_t index, uint32_t kv_head,
+                       uint32_t group_size) {
+  const size_t first_head = size_t{kv_head} * group_size;
+  return {.q = queries.q + index * queries.batch_stride + first_head * queries.head_stride,
+          .head_stride = queries.head_stride};
+}
+
+GroupTarget TargetOf(const AttentionTarget& target, size_t index, uint32_t kv_head,
+                     uint32_t group_size) {
+  const size_t first_head = size_t{kv_head} * group_size;
+  return {.out = target.out + index * target.batch_stride + first_head * target.head_stride,
+          .head_stride = target.head_stride,
+          .lse = target.lse == nullptr ? nullptr
+                                       : target.lse + index * target.lse_batch_stride + first_head};
+}
+
+}  // namespace
+
+void WriteToken(const StateView& view, size_t head, uint32_t position, const std::byte* k,
+                const std::byte* v) {
+  std::byte* const row = position < view.layout().sink_tokens ? view.sink(head, position)
+                                                              : view.window(head, position);
+  std::memcpy(row, k, view.mean_bytes());
+  std::memcpy(row + view.mean_bytes(), v, view.mean_bytes());
+}
+
+absl::Status HostDecodeOps::WriteTokens(Stream& stream, const WriteTokensArgs& args) {
+  CKV_RETURN_IF_ERROR(CheckWriteTokens(args));
+  return EnqueueOn(stream, [this, args] {
+    if (!IsCurrent(args.slot)) return absl::OkStatus();
+    const uint32_t kv_heads = args.slot.layout->kv_heads;
+    pool_.ParallelFor(size_t{args.layer_count} * kv_heads, [&](size_t i) {
+      WriteHead(args, static_cast<uint32_t>(i / kv_heads), static_cast<uint32_t>(i % kv_heads));
+    });
+    if (args.length_after != 0) StateView(args.slot).latch().length = args.length_after;
+    return absl::OkStatus();
+  });
+}
+
+absl::Status HostDecodeOps::BeginStep(Stream& stream, Batch batch) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
+  return EnqueueOn(stream, [batch] {
+    for (const BatchSlot& slot : batch) {
+      if (IsCurrent(slot)) BeginSlot(slot);
+    }
+    return absl::OkStatus();
+  });
+}
+
+absl::Status HostDecodeOps::Append(Stream& stream, Batch batch, uint32_t layer,
+                                   const KvSource& source) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
+  if (source.k == nullptr || source.v == nullptr) {
+    return absl::InvalidArgumentError("source of K or V is null");
+  }
+  return EnqueueOn(stream, [batch, layer, source] {
+    for (size_t i = 0; i < batch.size(); ++i) {
+      if (!IsCurrent(batch[i])) continue;
+      const StateView view(batch[i]);
+      const uint32_t length = view.latch().length;
+      if (length == 0) continue;
+      for (uint32_t kv_head = 0; kv_head < view.layout().kv_heads; ++kv_head) {
+        const size_t offset = i * source.batch_stride + kv_head * source.head_stride;
+        WriteToken(view, view.layout().head_index(layer, kv_head), length - 1, source.k + offset,
+                   source.v + offset);
+      }
+    }
+    return absl::OkStatus();
+  });
+}
+
+absl::Status HostDecodeOps::Select(Stream& stream, Batch batch, uint32_t layer,
+                                   const QuerySource& queries, uint32_t budget_tokens) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
+  if (queries.q == nullptr) return absl::InvalidArgumentError("the queries are null");
+  for (const BatchSlot& slot : batch) {
+    if (slot.active == 0 || budget_tokens <= slot.layout->budget_tokens) continue;
+    return absl::InvalidArgumentError(absl::StrCat("budget_tokens is ", budget_tokens,
+                                                   "; allowed: at most the registered ",
+                                                   slot.layout->budget_tokens));
+  }
+  return EnqueueOn(stream, [this, batch, layer, queries, budget_tokens] {
+    ForEachHead(pool_, batch, [&](size_t index, uint32_t kv_head) {
+      if (!IsCurrent(batch[index])) return;
+      const StateView view(batch[index]);
+      SelectHead(view, layer, kv_head, QueriesOf(queries, index, kv_head, view.layout().group_size),
+                 budget_tokens);
+    });
+    return absl::OkStatus();
+  });
+}
+
+absl::Status HostDecodeOps::Fetch(Stream& stream, Batch batch, uint32_t layer) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
+  return EnqueueOn(stream, [this, batch, layer] {
+    std::mutex mutex;
+    absl::Status first_error;
+    ForEachHead(pool_, batch, [&](size_t index, uint32_t kv_head) {
+      const BatchSlot& slot = batch[index];
+      if (!IsCurrent(slot)) return;
+      absl::Status status = FetchHead(slot, StateView(slot), layer, kv_head);
+      if (status.ok()) return;
+      const std::lock_guard lock(mutex);
+      if (first_error.ok()) first_error = std::move(status);
+    });
+    return first_error;
+  });
+}
+
+absl::Status HostDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
+                                   const QuerySource& queries, const AttentionTarget& target) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
+  if (queries.q == nullptr) return absl::InvalidArgumentError("the queries are null");
+  if (target.out == nullptr) return absl::InvalidArgumentError("the output is null");
+  return EnqueueOn(stream, [this, batch, layer, queries, target] {
+    ForEachHead(pool_, batch, [&](size_t index, uint32_t kv_head) {
+      const BatchSlot& slot = batch[index];
+      const uint32_t group_size = slot.layout->group_size;
+      const GroupTarget group_target = TargetOf(target, index, kv_head, group_size);
+      if (!IsCurrent(slot)) return AttendNothing(*slot.layout, group_target);
+      AttendHead(StateView(slot), layer, kv_head, QueriesOf(queries, index, kv_head, group_size),
+                 group_target);
+    });
+    return absl::OkStatus();
+  });
+}
+
+absl::Status HostDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
+  if (errors.size() < batch.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("errors has room for ", errors.size(), " slots of a batch of ", batch.size()));
+  }
+  return EnqueueOn(stream, [batch, errors] {
+    for (size_t i = 0; i < batch.size(); ++i) {
+      errors[i] = 0;
+      if (!IsUsable(batch[i])) continue;
+      // The block may be another sequence's by now: only its own slot may clear its errors.
+      errors[i] = IsCurrent(batch[i]) ? std::exchange(StateView(batch[i]).latch().errors, 0)
+                                      : static_cast<uint32_t>(kStaleGeneration);
+    }
+    return absl::OkStatus();
+  });
+}
+
+}  // namespace clusterkv::gpu::host
