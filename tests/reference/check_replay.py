@@ -15,10 +15,14 @@ Exit codes: 0 ok, 1 a check failed, 2 usage, 5 bad input file.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 
-import numpy as np
+# The products here are small: BLAS threads would cost more than they bring.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
 
 PAGE_TOKENS = 16
 QUEST_GROUPS = ("softmax", "mean", "max")
@@ -123,7 +127,7 @@ def softmax(x):
 
 
 def combine(scores, group):
-    """The shared score of each item: `scores` [kv_heads, group size, items] to [kv_heads, items]."""
+    """Shared score of each item: `scores` [kv_heads, group size, items] to [kv_heads, items]."""
     if group == "softmax":
         return softmax(scores).sum(axis=1)
     return scores.mean(axis=1) if group == "mean" else scores.max(axis=1)
@@ -190,20 +194,19 @@ class Step:
         self.exact = self._weights @ self._values / self._total[..., None]
         self.candidate_scores = self.scores[..., sinks:cut]
         self._own_top = {}  # count: indices [kv_heads, group, count]
-        self._always = np.zeros(self._weights.shape[::2], bool)  # [kv_heads, tokens]
-        self._always[:, :sinks] = True
-        self._always[:, cut:] = True
+        self._always = np.r_[: min(sinks, end), cut:max(cut, end)]
 
     def attended(self, chosen):
         """(output [kv_heads, group, d], mass [kv_heads, group]) over sinks, chosen and window.
 
         `chosen`: candidate indices (0 is position `sinks`), int [kv_heads, n].
         """
-        mask = self._always.copy()
-        np.put_along_axis(mask, chosen + self.sinks, True, axis=1)
-        kept = self._weights * mask[:, None, :]
+        always = np.broadcast_to(self._always, (len(chosen), len(self._always)))
+        positions = np.concatenate([always, chosen + self.sinks], axis=1)
+        kept = np.take_along_axis(self._weights, positions[:, None, :], axis=2)
+        values = np.take_along_axis(self._values, positions[:, :, None], axis=1)
         total = kept.sum(axis=-1)
-        return kept @ self._values / total[..., None], total / self._total
+        return kept @ values / total[..., None], total / self._total
 
     def recall(self, chosen):
         """|chosen ∩ own top n| / n of each query head, [kv_heads, group]; 1 where n = 0."""

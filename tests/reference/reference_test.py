@@ -206,7 +206,8 @@ class Report(unittest.TestCase):
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
-        self.paths = {name: os.path.join(directory.name, name) for name in ("trace", "json", "dump")}
+        self.paths = {name: os.path.join(directory.name, name)
+                      for name in ("trace", "json", "dump")}
         self.trace = make(self.paths["trace"])
         self.report, self.dump = self.build(steps=12)
 
