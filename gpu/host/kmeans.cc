@@ -83,6 +83,32 @@ float InverseNorm(const float* key, size_t dim) {
   return std::isfinite(inverse) ? inverse : 0.0f;
 }
 
+bool IsFinite(const float* key, size_t dim) {
+  if (std::isfinite(Dot(key, key, dim))) return true;
+  return std::all_of(key, key + dim, [](float x) { return std::isfinite(x); });
+}
+
+// Rows that are summed with weights.
+class Rows {
+ public:
+  void Clear() {
+    rows_.clear();
+    weights_.clear();
+  }
+  void Add(const std::byte* row, float weight) {
+    rows_.push_back(row);
+    weights_.push_back(weight);
+  }
+  void Sum(DType dtype, size_t n, float* sum) const {
+    std::fill_n(sum, n, 0.0f);
+    AddWeightedRows(dtype, weights_.data(), 0, 1, rows_.data(), rows_.size(), n, sum);
+  }
+
+ private:
+  std::vector<const std::byte*> rows_;
+  std::vector<float> weights_;
+};
+
 // Some problems with the same arguments, in step: each phase is one parallel loop over all of
 // them. A problem's arithmetic is the same in any batch and on any number of threads.
 class Batch {
@@ -112,15 +138,16 @@ class Batch {
   std::vector<Task> Tasks(size_t per_task, Count count) const;
 
   void Prepare(const ClusterProblem& problem, Clustering& c) const;
+  void SetMean(Clustering& c) const;
   void Pack(Clustering& c, size_t first_tile, size_t end_tile) const;
   void Seed(Clustering& c) const;
   void Assign(Clustering& c, size_t first_tile, size_t end_tile) const;
   void GroupByLabel(Clustering& c) const;
   void Reseed(Clustering& c) const;
-  void UpdateCentroid(Clustering& c, size_t cluster, float* sum) const;
+  void UpdateCentroid(Clustering& c, size_t cluster, Rows& rows, float* sum) const;
   void SetCentroid(Clustering& c, size_t cluster, const float* unit, size_t stride) const;
   void WriteOrder(Clustering& c) const;
-  void WriteMeans(const Clustering& c, size_t piece, float* mean) const;
+  void WriteMeans(const Clustering& c, size_t piece, Rows& rows, float* mean) const;
 
   ThreadPool& pool_;
   const ClusterArgs& args_;
@@ -172,8 +199,9 @@ void Batch::Run(absl::Span<const ClusterProblem> problems) {
     tasks = Tasks(kClustersPerTask, clusters);
     pool_.ParallelFor(tasks.size(), [&](size_t i) {
       std::vector<float> sum(dim_);
+      Rows rows;
       for (size_t k = tasks[i].begin; k < tasks[i].end; ++k) {
-        UpdateCentroid(clusterings_[tasks[i].problem], k, sum.data());
+        UpdateCentroid(clusterings_[tasks[i].problem], k, rows, sum.data());
       }
     });
   }
@@ -184,8 +212,9 @@ void Batch::Run(absl::Span<const ClusterProblem> problems) {
   tasks = Tasks(kClustersPerTask, [](const Clustering& c) { return c.sizes.size(); });
   pool_.ParallelFor(tasks.size(), [&](size_t i) {
     std::vector<float> mean(2 * dim_);
+    Rows rows;
     for (size_t piece = tasks[i].begin; piece < tasks[i].end; ++piece) {
-      WriteMeans(clusterings_[tasks[i].problem], piece, mean.data());
+      WriteMeans(clusterings_[tasks[i].problem], piece, rows, mean.data());
     }
   });
 }
@@ -204,17 +233,28 @@ void Batch::Prepare(const ClusterProblem& problem, Clustering& c) const {
   c.changed.assign((c.tiles + kTilesPerTask - 1) / kTilesPerTask, 0);
   c.members.resize(problem.tokens);
   c.mean.clear();
-  if (!args_.center_keys) return;
+  if (args_.center_keys) SetMean(c);
+}
+
+void Batch::SetMean(Clustering& c) const {
   // Sums of 256 rows, then of those: a long fp32 sum would lose the small keys.
   std::vector<double> total(dim_, 0.0);
-  for (size_t begin = 0; begin < problem.tokens; begin += 256) {
-    c.mean.assign(dim_, 0.0f);
-    const size_t end = std::min<size_t>(problem.tokens, begin + 256);
-    for (size_t t = begin; t < end; ++t)
-      AddScaled(args_.dtype, 1.0f, Row(c, t), c.mean.data(), dim_);
-    for (size_t i = 0; i < dim_; ++i) total[i] += double{c.mean[i]};
+  std::vector<float> key(dim_), sum(dim_);
+  size_t count = 0;
+  for (size_t begin = 0; begin < c.problem->tokens; begin += 256) {
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    const size_t end = std::min<size_t>(c.problem->tokens, begin + 256);
+    for (size_t t = begin; t < end; ++t) {
+      ToFloat(args_.dtype, Row(c, t), key.data(), dim_);
+      if (!IsFinite(key.data(), dim_)) continue;  // one NaN would take every key's direction
+      AddScaled(DType::kFp32, 1.0f, key.data(), sum.data(), dim_);
+      ++count;
+    }
+    for (size_t i = 0; i < dim_; ++i) total[i] += double{sum[i]};
   }
-  for (size_t i = 0; i < dim_; ++i) c.mean[i] = static_cast<float>(total[i] / problem.tokens);
+  c.mean.resize(dim_);
+  const double divisor = static_cast<double>(std::max<size_t>(1, count));
+  for (size_t i = 0; i < dim_; ++i) c.mean[i] = static_cast<float>(total[i] / divisor);
 }
 
 void Batch::Pack(Clustering& c, size_t first_tile, size_t end_tile) const {
@@ -305,16 +345,16 @@ void Batch::Reseed(Clustering& c) const {
 
 // To the direction of the sum of its unit keys, which maximises their mean cosine. Without one
 // (no members, or they cancel out) it stays where it is.
-void Batch::UpdateCentroid(Clustering& c, size_t cluster, float* sum) const {
-  std::fill_n(sum, dim_, 0.0f);
+void Batch::UpdateCentroid(Clustering& c, size_t cluster, Rows& rows, float* sum) const {
+  rows.Clear();
   double weights = 0.0;
   for (uint32_t m = c.begins[cluster]; m < c.begins[cluster + 1]; ++m) {
     const uint32_t token = c.members[m];
-    const float weight = c.inverse_norms[token];
-    if (weight == 0.0f) continue;
-    AddScaled(args_.dtype, weight, Row(c, token), sum, dim_);
-    weights += double{weight};
+    if (c.inverse_norms[token] == 0.0f) continue;
+    rows.Add(Row(c, token), c.inverse_norms[token]);
+    weights += double{c.inverse_norms[token]};
   }
+  rows.Sum(args_.dtype, dim_, sum);
   for (size_t i = 0; i < c.mean.size(); ++i) {
     sum[i] = static_cast<float>(double{sum[i]} - weights * double{c.mean[i]});
   }
@@ -344,13 +384,14 @@ void Batch::WriteOrder(Clustering& c) const {
 }
 
 // Of the raw rows; `mean` holds the key's and the value's.
-void Batch::WriteMeans(const Clustering& c, size_t piece, float* mean) const {
-  std::fill_n(mean, 2 * dim_, 0.0f);
+void Batch::WriteMeans(const Clustering& c, size_t piece, Rows& rows, float* mean) const {
+  rows.Clear();
   // Weights before the sum: it cannot overflow where the mean does not.
   const float weight = 1.0f / static_cast<float>(c.sizes[piece]);
   for (uint32_t m = 0; m < c.sizes[piece]; ++m) {
-    AddScaled(args_.dtype, weight, Row(c, c.members[c.offsets[piece] + m]), mean, 2 * dim_);
+    rows.Add(Row(c, c.members[c.offsets[piece] + m]), weight);
   }
+  rows.Sum(args_.dtype, 2 * dim_, mean);
   const size_t bytes = dim_ * element_;
   FromFloat(args_.dtype, mean, c.problem->centroids + piece * bytes, dim_);
   FromFloat(args_.dtype, mean + dim_, c.problem->value_means + piece * bytes, dim_);

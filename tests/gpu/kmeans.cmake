@@ -1,0 +1,1 @@
+clusterkv_add_test(kmeans_test kmeans_test.cc)
