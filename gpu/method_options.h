@@ -46,6 +46,8 @@ struct MethodOptions {
   MethodOptions Resolved(const Shape& shape) const;
   // Errors: INVALID_ARGUMENT naming the field, its value and what is allowed.
   absl::Status Validate() const;
+
+  bool operator==(const MethodOptions&) const = default;
 };
 
 // "paper" follows the paper; "default" was chosen by tests/benchmarks/sweep (its table says why).
