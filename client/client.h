@@ -1,0 +1,147 @@
+// The C++ client of clusterkvd. A decode loop, in full:
+//
+//   auto client = Client::Connect({.address = "unix:/run/clusterkv/clusterkvd.sock"});
+//   auto sequence = (*client)->RegisterSequence({.shape = shape, .method = method,
+//                                                .max_tokens = 32768});
+//   (*sequence)->Ingest({.count = n, .layer_count = shape.layers, .end_of_prompt = true}, kv);
+//   (*sequence)->WaitPublished(n);
+//   auto batch = (*client)->CreateBatch({sequence->get()});
+//   for each token:
+//     (*batch)->Begin();
+//     for each layer:
+//       (*batch)->Append(layer, new_kv);
+//       (*batch)->Attend(layer, q, out);
+//     (*batch)->End();
+//   (*sequence)->Release();
+//
+// Direct and served sequences behind the same calls. All calls return canonical codes; a lost
+// daemon is UNAVAILABLE, a passed deadline DEADLINE_EXCEEDED, and nothing hangs without one.
+// Everything that takes K, V or queries reads them when the stream gets there: keep them until
+// End() (or Ingest(), which copies before it returns).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "gpu/decode_ops.h"
+#include "gpu/device.h"
+#include "gpu/method_options.h"
+#include "gpu/shape.h"
+#include "gpu/state_layout.h"
+
+namespace clusterkv::client {
+
+enum class FetchMode { kDirect, kServed };
+
+struct ClientOptions {
+  std::string address = "unix:/run/clusterkv/clusterkvd.sock";  // or 127.0.0.1:PORT
+  std::string name;                                             // for logs and listings
+  uint64_t ring_bytes = 64ull << 20;  // of the ingest ring; at least 2 tokens of one layer
+  absl::Duration rpc_timeout = absl::Seconds(30);
+  int device_threads = 0;  // of the host backend's direct fetch; 0 = all cores
+};
+
+struct SequenceOptions {
+  gpu::Shape shape;
+  gpu::MethodOptions method;
+  uint32_t max_tokens = 0;
+  uint32_t reserve_tokens = 0;  // host memory taken at once; 0 = max_tokens
+  FetchMode mode = FetchMode::kDirect;
+};
+
+// A range of a prompt.
+struct IngestRange {
+  uint32_t position = 0;  // of the first token; each layer's positions follow without a gap
+  uint32_t count = 0;
+  uint32_t layer_begin = 0;
+  uint32_t layer_count = 0;
+  bool end_of_prompt = false;  // these are the last tokens of these layers
+};
+
+struct Published {
+  uint32_t segments = 0;
+  uint32_t cut = 0;  // first position that no published segment holds
+};
+
+class DecodeBatch;
+
+// The KV cache of one request. Thread-compatible: one thread at a time. Destruction releases it.
+class Sequence {
+ public:
+  virtual ~Sequence() = default;
+
+  virtual uint64_t id() const = 0;
+  virtual const SequenceOptions& options() const = 0;  // with the method Resolved
+  virtual uint32_t length() const = 0;                 // tokens, as the last call left it
+
+  // Hands over prompt tokens in pieces that fit the ring, waiting for credits up to `timeout`.
+  // Source pointers: token `position` of layer `layer_begin`, with layer, token and head strides.
+  // Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (not the next position), RESOURCE_EXHAUSTED
+  // (host pool, or no credit within the timeout), OUT_OF_RANGE (max_tokens).
+  virtual absl::Status Ingest(const IngestRange& range, const gpu::KvSource& source,
+                              absl::Duration timeout = absl::Seconds(60)) = 0;
+  // Waits until everything the segment rules allow at `length` tokens is published (first hands
+  // over decoded tokens that still lie with the client).
+  virtual absl::StatusOr<Published> WaitPublished(uint32_t length,
+                                                  absl::Duration timeout = absl::Seconds(60)) = 0;
+  // What is known to be published, without a call.
+  virtual Published published() const = 0;
+  // Hits and misses of one layer since registration. Between steps only.
+  virtual gpu::LayerCounters counters(uint32_t layer) const = 0;
+  // After the last step. Idempotent.
+  virtual absl::Status Release() = 0;
+};
+
+struct BatchOptions {
+  bool want_selection = false;  // makes DecodeBatch::Selection work
+};
+
+// Sequences that decode together: one shape, one mode. Thread-compatible; at most one step of a
+// sequence is open at a time. The sequences must outlive it.
+class DecodeBatch {
+ public:
+  virtual ~DecodeBatch() = default;
+
+  // Errors: RESOURCE_EXHAUSTED (a window is full until the daemon has caught up; nothing was
+  // written, call again later), OUT_OF_RANGE (max_tokens), FAILED_PRECONDITION (prompt not ended,
+  // a step is open). budget_tokens 0 = the sequences' own; never above it.
+  virtual absl::Status Begin(uint32_t budget_tokens = 0) = 0;
+  // This step's K and V: [batch][kv_heads][head_dim] with batch and head strides.
+  virtual absl::Status Append(uint32_t layer, const gpu::KvSource& source) = 0;
+  // Output of one layer; host memory. Layers in rising order, each after its Append. Complete
+  // when it returns for served, when the stream has passed (End) for direct.
+  virtual absl::Status Attend(uint32_t layer, const gpu::QuerySource& queries,
+                              const gpu::AttentionTarget& target) = 0;
+  // Token positions that the last Attend selected for sequence `index`: [kv_heads][budget], -1
+  // beyond the last, clusters in falling score. Waits for the stream.
+  virtual absl::StatusOr<std::vector<int32_t>> Selection(size_t index) = 0;
+  // Waits for the step, reports its errors, hands decoded tokens on to the daemon as they gather.
+  virtual absl::Status End() = 0;
+};
+
+// A session with one daemon: its life is this object's. Thread-safe.
+class Client {
+ public:
+  // Errors: UNAVAILABLE (no daemon there), FAILED_PRECONDITION (versions), PERMISSION_DENIED (uid
+  // or gid not allowed), INVALID_ARGUMENT.
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options);
+  virtual ~Client() = default;
+
+  virtual absl::StatusOr<std::unique_ptr<Sequence>> RegisterSequence(
+      const SequenceOptions& options) = 0;
+  virtual absl::StatusOr<std::unique_ptr<DecodeBatch>> CreateBatch(
+      const std::vector<Sequence*>& sequences, const BatchOptions& options = {}) = 0;
+
+  virtual const std::string& backend() const = 0;
+  virtual uint64_t session_id() const = 0;
+  // Not OK once the session has ended: why.
+  virtual absl::Status health() const = 0;
+};
+
+}  // namespace clusterkv::client

@@ -1,0 +1,425 @@
+#include "service/attach_server.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "clusterkv/v1/attach.pb.h"
+#include "gpu/status_macros.h"
+#include "gpu/unique_fd.h"
+#include "service/core.h"
+#include "service/logging.h"
+#include "service/packet_socket.h"
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77  // Linux 6.5
+#endif
+
+namespace clusterkv::service {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr size_t kMaxOutgoing = 131072;
+constexpr int kTickMilliseconds = 1000;
+
+// Work for the server's thread from other threads.
+class Mailbox {
+ public:
+  Mailbox() : wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+
+  void Post(std::function<void()> task) {
+    {
+      std::lock_guard lock(mu_);
+      tasks_.push_back(std::move(task));
+    }
+    const uint64_t one = 1;
+    (void)!write(wake_.get(), &one, sizeof(one));  // full means that it is awake anyway
+  }
+
+  void RunAll() {
+    uint64_t count = 0;
+    (void)!read(wake_.get(), &count, sizeof(count));
+    std::deque<std::function<void()>> tasks;
+    {
+      std::lock_guard lock(mu_);
+      tasks.swap(tasks_);
+    }
+    for (auto& task : tasks) task();
+  }
+
+  int fd() const { return wake_.get(); }
+
+ private:
+  gpu::UniqueFd wake_;
+  std::mutex mu_;
+  std::deque<std::function<void()>> tasks_;  // guarded by mu_
+};
+
+struct Outgoing {
+  std::string bytes;
+  gpu::UniqueFd fd;
+};
+
+// One connection, and after it the watch over its process. Belongs to the server's thread.
+struct Peer {
+  uint64_t id = 0;
+  gpu::UniqueFd socket;    // invalid once closed
+  gpu::UniqueFd pidfd;     // readable when the process is dead
+  gpu::UniqueFd lifeline;  // locked by the process while it lives
+  PeerCredentials credentials;
+  Clock::time_point deadline;  // for the hello
+  enum class State { kNew, kAttaching, kAttached, kOver } state = State::kNew;
+  SessionId session = 0;
+  bool goodbye = false;
+  std::deque<Outgoing> outgoing;
+};
+
+class AttachServerImpl : public AttachServer {
+ public:
+  AttachServerImpl(const AttachOptions& options, ServiceCore& core, gpu::UniqueFd listener)
+      : options_(options),
+        core_(core),
+        listener_(std::move(listener)),
+        epoll_(epoll_create1(EPOLL_CLOEXEC)),
+        mailbox_(std::make_shared<Mailbox>()) {
+    Watch(listener_.get(), kListener, EPOLLIN);
+    Watch(mailbox_->fd(), kMailbox, EPOLLIN);
+    thread_ = std::thread([this] { Run(); });
+    pthread_setname_np(thread_.native_handle(), "ckv-attach");
+  }
+
+  ~AttachServerImpl() override {
+    mailbox_->Post([this] { stopping_ = true; });
+    thread_.join();
+    unlink(options_.path.c_str());
+  }
+
+  // On any thread.
+  void Send(uint64_t peer, clusterkv::v1::AttachEvent event, gpu::UniqueFd fd) {
+    auto held = std::make_shared<gpu::UniqueFd>(std::move(fd));
+    mailbox_->Post([this, peer, bytes = event.SerializeAsString(), held] {
+      if (Peer* found = Find(peer)) Queue(*found, bytes, std::move(*held));
+    });
+  }
+  void EndOf(uint64_t peer) {
+    mailbox_->Post([this, peer] {
+      if (Peer* found = Find(peer); found != nullptr && found->socket.valid()) {
+        Read(*found);  // a goodbye may lie there
+      }
+      if (Peer* found = Find(peer)) Close(*found);
+    });
+  }
+  void Abort(uint64_t peer) {
+    mailbox_->Post([this, peer] {
+      if (Peer* found = Find(peer)) Lost(*found);
+    });
+  }
+
+ private:
+  static constexpr uint64_t kListener = 0, kMailbox = 1, kFirstPeer = 2;
+  static constexpr uint64_t kPidfdBit = 1ull << 63;
+
+  void Watch(int fd, uint64_t key, uint32_t events) {
+    epoll_event event{.events = events, .data = {.u64 = key}};
+    epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event);
+  }
+
+  Peer* Find(uint64_t id) {
+    const auto found = peers_.find(id);
+    return found == peers_.end() ? nullptr : &found->second;
+  }
+
+  void Run() {
+    auto next_tick = Clock::now();
+    while (!stopping_) {
+      epoll_event events[64];
+      const int count = epoll_wait(epoll_.get(), events, 64, kTickMilliseconds);
+      for (int i = 0; i < count; ++i) Handle(events[i]);
+      if (Clock::now() >= next_tick) {
+        Tick();
+        next_tick = Clock::now() + std::chrono::milliseconds(kTickMilliseconds);
+      }
+    }
+  }
+
+  void Handle(const epoll_event& event) {
+    if (event.data.u64 == kListener) return Accept();
+    if (event.data.u64 == kMailbox) return mailbox_->RunAll();
+    Peer* peer = Find(event.data.u64 & ~kPidfdBit);
+    if (peer == nullptr) return;
+    if ((event.data.u64 & kPidfdBit) != 0) return Died(*peer);
+    if ((event.events & EPOLLOUT) != 0 && !Flush(*peer)) return Lost(*peer);
+    if ((event.events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) Read(*peer);
+  }
+
+  void Accept() {
+    while (true) {
+      gpu::UniqueFd socket(
+          accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      if (!socket.valid()) return;
+      if (peers_.size() >= options_.max_connections) continue;  // closes it
+      Peer peer;
+      peer.id = next_peer_++;
+      ucred who{};
+      socklen_t size = sizeof(who);
+      if (getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &who, &size) != 0) continue;
+      peer.credentials = {.pid = static_cast<uint32_t>(who.pid), .uid = who.uid, .gid = who.gid};
+      int pidfd = -1;
+      size = sizeof(pidfd);
+      if (options_.use_pidfd &&
+          getsockopt(socket.get(), SOL_SOCKET, SO_PEERPIDFD, &pidfd, &size) == 0) {
+        peer.pidfd = gpu::UniqueFd(pidfd);
+        Watch(pidfd, peer.id | kPidfdBit, EPOLLIN);
+      }
+      peer.deadline = Clock::now() + absl::ToChronoMilliseconds(options_.hello_timeout);
+      Watch(socket.get(), peer.id, EPOLLIN);
+      peer.socket = std::move(socket);
+      peers_[peer.id] = std::move(peer);
+    }
+  }
+
+  void Read(Peer& peer) {
+    while (peer.socket.valid() && peer.state != Peer::State::kAttaching) {
+      auto packet = ReceivePacket(peer.socket.get());
+      if (absl::IsNotFound(packet.status())) return;
+      if (absl::IsUnavailable(packet.status())) return Lost(peer);
+      clusterkv::v1::AttachRequest request;
+      if (packet.ok() && !request.ParseFromString(packet->bytes)) {
+        packet = absl::InvalidArgumentError("not an AttachRequest");
+      }
+      if (!packet.ok()) return Refuse(peer, packet.status());
+      // May remove the peer.
+      if (!Take(peer, request, *packet)) return;
+    }
+  }
+
+  // False if the peer is gone.
+  bool Take(Peer& peer, const clusterkv::v1::AttachRequest& request, Packet& packet) {
+    using clusterkv::v1::AttachRequest;
+    if (request.request_case() == AttachRequest::kHello && peer.state == Peer::State::kNew) {
+      return TakeHello(peer, request.hello(), packet);
+    }
+    if (peer.state != Peer::State::kAttached) {
+      Refuse(peer, absl::InvalidArgumentError("the first packet must be AttachHello"));
+      return false;
+    }
+    switch (request.request_case()) {
+      case AttachRequest::kChunkMapped:
+        core_.ChunkMapped(peer.session, request.chunk_mapped().chunk_index());
+        return true;
+      case AttachRequest::kChunkUnmapped:
+        core_.ChunkUnmapped(peer.session, request.chunk_unmapped().chunk_index());
+        return true;
+      case AttachRequest::kGoodbye:
+        peer.goodbye = true;
+        core_.Goodbye(peer.session);
+        return true;
+      default:
+        Refuse(peer, absl::InvalidArgumentError("not a packet of an attached worker"));
+        return false;
+    }
+  }
+
+  bool TakeHello(Peer& peer, const clusterkv::v1::AttachHello& hello, Packet& packet) {
+    const PeerCredentials& who = peer.credentials;
+    if (!options_.allow_any && !options_.allow_uids.contains(who.uid) &&
+        !options_.allow_gids.contains(who.gid)) {
+      Refuse(peer, absl::PermissionDeniedError(
+                       fmt::format("uid {} and gid {} are not allowed here", who.uid, who.gid)));
+      return false;
+    }
+    if (!peer.pidfd.valid()) {
+      if (!packet.fds.empty()) peer.lifeline = std::move(packet.fds.front());
+      if (!peer.lifeline.valid() || !LifelineHeld(peer)) {
+        Refuse(peer, absl::FailedPreconditionError(
+                         "this kernel has no SO_PEERPIDFD: send a locked lifeline file"));
+        return false;
+      }
+    }
+    peer.state = Peer::State::kAttaching;
+    core_.Attach({.token = hello.session_token(), .boot_epoch = hello.boot_epoch()}, who,
+                 MakeSink(peer.id), [this, id = peer.id](absl::StatusOr<SessionId> session) {
+                   mailbox_->Post([this, id, session] { FinishAttach(id, session); });
+                 });
+    return true;
+  }
+
+  void FinishAttach(uint64_t id, const absl::StatusOr<SessionId>& session) {
+    Peer* peer = Find(id);
+    if (peer == nullptr) {  // died or left meanwhile
+      if (session.ok()) core_.WorkerDied(*session);
+      return;
+    }
+    if (!session.ok()) return Refuse(*peer, session.status());
+    peer->state = Peer::State::kAttached;
+    peer->session = *session;
+    clusterkv::v1::AttachEvent event;
+    event.mutable_attached();
+    Queue(*peer, event.SerializeAsString(), gpu::UniqueFd());
+    Read(*peer);
+  }
+
+  // Says why and closes. An attached worker that sends nonsense loses its session.
+  void Refuse(Peer& peer, const absl::Status& why) {
+    LogInfo("attach refused", {{"pid", peer.credentials.pid},
+                               {"uid", peer.credentials.uid},
+                               {"why", std::string(why.message())}});
+    core_.CountRejectedAttach();
+    clusterkv::v1::AttachEvent event;
+    event.mutable_rejected()->set_code(static_cast<int>(why.code()));
+    event.mutable_rejected()->set_message(std::string(why.message()));
+    SendPacket(peer.socket.get(), event.SerializeAsString(), -1);
+    Lost(peer);
+  }
+
+  // The connection is at its end.
+  void Lost(Peer& peer) {
+    if (peer.session != 0 && !peer.goodbye) {
+      core_.EndSession(peer.session, absl::AbortedError("the attach connection has closed"));
+    }
+    Close(peer);
+  }
+
+  // Closes the connection; the watch over the process stays while its death matters.
+  void Close(Peer& peer) {
+    peer.socket.Reset();  // leaves the epoll set by itself
+    peer.outgoing.clear();
+    if (peer.session == 0 || peer.goodbye) {
+      peers_.erase(peer.id);
+    } else {
+      peer.state = Peer::State::kOver;
+    }
+  }
+
+  void Died(Peer& peer) {
+    if (peer.session != 0) core_.WorkerDied(peer.session);
+    peers_.erase(peer.id);
+  }
+
+  static bool LifelineHeld(const Peer& peer) {
+    struct flock lock {};
+    lock.l_type = F_WRLCK;
+    lock.l_whence = SEEK_SET;
+    return fcntl(peer.lifeline.get(), F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+  }
+
+  void Tick() {
+    std::vector<uint64_t> dead, late;
+    for (auto& [id, peer] : peers_) {
+      if (peer.lifeline.valid() && !LifelineHeld(peer)) {
+        dead.push_back(id);
+      } else if (peer.state == Peer::State::kNew && Clock::now() > peer.deadline) {
+        late.push_back(id);
+      }
+    }
+    for (const uint64_t id : dead) Died(peers_.at(id));
+    for (const uint64_t id : late) {
+      Refuse(peers_.at(id), absl::DeadlineExceededError("no AttachHello in time"));
+    }
+  }
+
+  void Queue(Peer& peer, std::string bytes, gpu::UniqueFd fd) {
+    if (!peer.socket.valid()) return;
+    if (peer.outgoing.size() >= kMaxOutgoing) return Lost(peer);
+    peer.outgoing.push_back({std::move(bytes), std::move(fd)});
+    if (peer.outgoing.size() == 1 && !Flush(peer)) Lost(peer);
+  }
+
+  // False if the connection is broken.
+  bool Flush(Peer& peer) {
+    while (!peer.outgoing.empty()) {
+      const Outgoing& next = peer.outgoing.front();
+      const SendResult sent = SendPacket(peer.socket.get(), next.bytes, next.fd.get());
+      if (sent == SendResult::kBroken) return false;
+      if (sent == SendResult::kWouldBlock) break;
+      peer.outgoing.pop_front();
+    }
+    epoll_event event{.events = EPOLLIN, .data = {.u64 = peer.id}};
+    if (!peer.outgoing.empty()) event.events |= EPOLLOUT;
+    epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, peer.socket.get(), &event);
+    return true;
+  }
+
+  std::shared_ptr<AttachSink> MakeSink(uint64_t peer);
+
+  const AttachOptions options_;
+  ServiceCore& core_;
+  gpu::UniqueFd listener_;
+  gpu::UniqueFd epoll_;
+  std::shared_ptr<Mailbox> mailbox_;
+  // The thread's own.
+  bool stopping_ = false;
+  uint64_t next_peer_ = kFirstPeer;
+  std::map<uint64_t, Peer> peers_;
+  std::thread thread_;
+};
+
+// REQUIRES: the server outlives the sessions (the daemon stops the core first).
+class ConnectionSink : public AttachSink {
+ public:
+  ConnectionSink(AttachServerImpl& server, uint64_t peer) : server_(server), peer_(peer) {}
+
+  void GrantArena(ArenaId arena, uint64_t bytes, int fd) override {
+    clusterkv::v1::AttachEvent event;
+    event.mutable_arena_granted()->set_arena_id(arena);
+    event.mutable_arena_granted()->set_bytes(bytes);
+    SendWith(event, fd);
+  }
+  void RevokeArena(ArenaId arena) override {
+    clusterkv::v1::AttachEvent event;
+    event.mutable_arena_revoked()->set_arena_id(arena);
+    server_.Send(peer_, event, gpu::UniqueFd());
+  }
+  void GrantChunk(uint32_t chunk, uint64_t bytes, int fd) override {
+    clusterkv::v1::AttachEvent event;
+    event.mutable_chunk_granted()->set_chunk_index(chunk);
+    event.mutable_chunk_granted()->set_bytes(bytes);
+    SendWith(event, fd);
+  }
+  void RevokeChunk(uint32_t chunk) override {
+    clusterkv::v1::AttachEvent event;
+    event.mutable_chunk_revoked()->set_chunk_index(chunk);
+    server_.Send(peer_, event, gpu::UniqueFd());
+  }
+  void SessionEnded() override { server_.EndOf(peer_); }
+
+ private:
+  void SendWith(const clusterkv::v1::AttachEvent& event, int fd) {
+    gpu::UniqueFd copy(fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    if (!copy.valid()) return server_.Abort(peer_);  // out of descriptors: the worker sees it end
+    server_.Send(peer_, event, std::move(copy));
+  }
+
+  AttachServerImpl& server_;
+  const uint64_t peer_;
+};
+
+std::shared_ptr<AttachSink> AttachServerImpl::MakeSink(uint64_t peer) {
+  return std::make_shared<ConnectionSink>(*this, peer);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Create(const AttachOptions& options,
+                                                                   ServiceCore& core) {
+  CKV_ASSIGN_OR_RETURN(gpu::UniqueFd listener, ListenPackets(options.path));
+  return std::unique_ptr<AttachServer>(
+      std::make_unique<AttachServerImpl>(options, core, std::move(listener)));
+}
+
+}  // namespace clusterkv::service

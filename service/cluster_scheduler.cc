@@ -1,0 +1,178 @@
+#include "service/cluster_scheduler.h"
+
+#include <chrono>
+#include <cstddef>
+#include <utility>
+
+#include "gpu/status_macros.h"
+
+namespace clusterkv::service {
+namespace {
+
+// Rows in flight in one batch; larger batches no longer help the device, but delay others.
+constexpr size_t kBatchBytes = 256ull << 20;
+constexpr size_t kAlignment = 256;
+
+size_t RoundUp(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+size_t RowBytes(const ClusterJob& job) { return 2 * job.head_dim * gpu::SizeOf(job.dtype); }
+
+size_t WorkspaceBytes(const ClusterJob& job) {
+  return job.heads.size() * RoundUp(job.tokens * RowBytes(job));
+}
+
+bool CanShareBatch(const ClusterJob& a, const ClusterJob& b) {
+  return a.head_dim == b.head_dim && a.dtype == b.dtype && a.iterations == b.iterations &&
+         a.largest_cluster_tokens == b.largest_cluster_tokens && a.center_keys == b.center_keys;
+}
+
+// Cuts one block of memory into aligned pieces.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  template <typename T>
+  T* Take(size_t bytes) {
+    std::byte* taken = base_ + offset_;
+    offset_ += RoundUp(bytes);
+    return reinterpret_cast<T*>(taken);
+  }
+
+ private:
+  std::byte* base_;
+  size_t offset_ = 0;
+};
+
+// Results of one head: order, sizes, centroids, value means, count.
+size_t ResultBytesOfHead(const ClusterJob& job) {
+  return RoundUp(job.tokens * sizeof(uint32_t)) + RoundUp(job.max_clusters * sizeof(uint32_t)) +
+         2 * RoundUp(job.max_clusters * job.head_dim * gpu::SizeOf(job.dtype)) +
+         RoundUp(sizeof(uint32_t));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ClusterScheduler>> ClusterScheduler::Create(gpu::Device& device) {
+  CKV_ASSIGN_OR_RETURN(auto stream, device.CreateStream("cluster"));
+  return std::unique_ptr<ClusterScheduler>(new ClusterScheduler(device, std::move(stream)));
+}
+
+ClusterScheduler::ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream)
+    : device_(device), stream_(std::move(stream)), queue_("ckv-cluster", SIZE_MAX) {}
+
+ClusterScheduler::~ClusterScheduler() { Stop(); }
+
+void ClusterScheduler::Submit(ClusterJob job) {
+  {
+    std::lock_guard lock(mu_);
+    ready_.push_back(std::move(job));
+  }
+  queue_.Post([this] { RunBatch(); });  // finds nothing if an earlier batch took the job
+}
+
+std::vector<ClusterJob> ClusterScheduler::TakeBatch() {
+  std::lock_guard lock(mu_);
+  std::vector<ClusterJob> batch;
+  size_t bytes = 0;
+  while (!ready_.empty()) {
+    const ClusterJob& next = ready_.front();
+    if (!batch.empty() &&
+        (!CanShareBatch(batch.front(), next) || bytes + WorkspaceBytes(next) > kBatchBytes)) {
+      break;
+    }
+    bytes += WorkspaceBytes(next);
+    batch.push_back(std::move(ready_.front()));
+    ready_.pop_front();
+  }
+  return batch;
+}
+
+void ClusterScheduler::RunBatch() {
+  const std::vector<ClusterJob> batch = TakeBatch();
+  if (batch.empty()) return;
+  const auto start = std::chrono::steady_clock::now();
+  auto results = Cluster(batch);
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  for (size_t i = 0; i < batch.size(); ++i) {
+    if (!results.ok()) {
+      batch[i].done(results.status());
+      continue;
+    }
+    (*results)[i].seconds = seconds / static_cast<double>(batch.size());
+    batch[i].done(std::move((*results)[i]));
+  }
+}
+
+absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(
+    const std::vector<ClusterJob>& batch) {
+  gpu::ClusterArgs cluster{.head_dim = batch[0].head_dim,
+                           .dtype = batch[0].dtype,
+                           .iterations = batch[0].iterations,
+                           .largest_cluster_tokens = batch[0].largest_cluster_tokens,
+                           .center_keys = batch[0].center_keys,
+                           .problems = {}};
+  gpu::PermuteArgs permute{.row_bytes = RowBytes(batch[0]), .problems = {}};
+  size_t workspace_bytes = 0;
+  for (const ClusterJob& job : batch) workspace_bytes += WorkspaceBytes(job);
+  CKV_ASSIGN_OR_RETURN(auto workspace, device_.Allocate(workspace_bytes));
+  Carver workspace_carver(workspace->data());
+
+  std::vector<ClusterResult> results(batch.size());
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const ClusterJob& job = batch[i];
+    CKV_ASSIGN_OR_RETURN(results[i].memory,
+                         device_.Allocate(job.heads.size() * ResultBytesOfHead(job)));
+    Carver carver(results[i].memory->data());
+    const size_t means_bytes = job.max_clusters * job.head_dim * gpu::SizeOf(job.dtype);
+    for (const ClusterJob::Head& head : job.heads) {
+      gpu::ClusterProblem problem{
+          .rows = head.rows, .tokens = job.tokens, .clusters = job.clusters, .seed = head.seed};
+      problem.order = carver.Take<uint32_t>(job.tokens * sizeof(uint32_t));
+      problem.sizes = carver.Take<uint32_t>(job.max_clusters * sizeof(uint32_t));
+      problem.centroids = carver.Take<std::byte>(means_bytes);
+      problem.value_means = carver.Take<std::byte>(means_bytes);
+      problem.count = carver.Take<uint32_t>(sizeof(uint32_t));
+      permute.problems.push_back(
+          {.rows = head.rows,
+           .destination = head.rows,
+           .workspace = workspace_carver.Take<std::byte>(job.tokens * RowBytes(job)),
+           .order = problem.order,
+           .tokens = job.tokens,
+           .first_position = job.first_position,
+           .positions = head.positions});
+      cluster.problems.push_back(problem);
+    }
+  }
+
+  const std::vector<gpu::ClusterProblem> problems = cluster.problems;
+  std::vector<uint32_t> counts(problems.size());
+  absl::Status status = device_.cluster_ops().Cluster(*stream_, std::move(cluster));
+  if (status.ok()) status = device_.cluster_ops().Permute(*stream_, std::move(permute));
+  for (size_t i = 0; status.ok() && i < problems.size(); ++i) {
+    status = stream_->CopyAsync(&counts[i], problems[i].count, sizeof(uint32_t));
+  }
+  const absl::Status finished = stream_->Synchronize();  // always: the memory is in use until then
+  CKV_RETURN_IF_ERROR(status);
+  CKV_RETURN_IF_ERROR(finished);
+
+  size_t next = 0;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    for (size_t head = 0; head < batch[i].heads.size(); ++head, ++next) {
+      results[i].heads.push_back({.count = counts[next],
+                                  .sizes = problems[next].sizes,
+                                  .centroids = problems[next].centroids,
+                                  .value_means = problems[next].value_means});
+    }
+  }
+  return results;
+}
+
+void ClusterScheduler::Publish(gpu::PublishArgs args, std::function<void(absl::Status)> done) {
+  queue_.Post([this, args = std::move(args), done = std::move(done)]() mutable {
+    absl::Status status = device_.cluster_ops().Publish(*stream_, std::move(args));
+    const absl::Status finished = stream_->Synchronize();
+    done(status.ok() ? finished : status);
+  });
+}
+
+}  // namespace clusterkv::service

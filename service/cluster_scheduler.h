@@ -1,0 +1,87 @@
+// Clusters and publishes segments on a thread and stream of its own, in batches over all the
+// (layer, head) problems that are ready, whatever sequence they belong to.
+//
+//   Submit(job) ─► ready jobs ─► k-means of a whole batch ─► permute in place ─► done(results)
+//   Publish(args) ─► metadata, then published_segments ─► done
+//
+// A batch is bounded by workspace bytes, so that one device burst stays short (design D6).
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "gpu/cluster_ops.h"
+#include "gpu/device.h"
+#include "service/task_queue.h"
+
+namespace clusterkv::service {
+
+// The clusters of one KV head, in device memory of the result.
+struct HeadClusters {
+  uint32_t count = 0;
+  const uint32_t* sizes = nullptr;
+  const std::byte* centroids = nullptr;
+  const std::byte* value_means = nullptr;
+};
+
+struct ClusterResult {
+  std::unique_ptr<gpu::DeviceMemory> memory;
+  std::vector<HeadClusters> heads;
+  double seconds = 0;  // this job's share of the batch's time
+};
+
+// One layer of one segment.
+struct ClusterJob {
+  struct Head {
+    std::byte* rows = nullptr;  // staged; permuted in place
+    uint32_t* positions = nullptr;
+    uint64_t seed = 0;
+  };
+  uint32_t tokens = 0;
+  uint32_t first_position = 0;
+  uint32_t clusters = 0;      // k
+  uint32_t max_clusters = 0;  // after splits
+  // The same in all jobs of a batch.
+  uint32_t head_dim = 0;
+  gpu::DType dtype = gpu::DType::kFp16;
+  uint32_t iterations = 0;
+  uint32_t largest_cluster_tokens = 0;
+  bool center_keys = false;
+
+  std::vector<Head> heads;
+  std::function<void(absl::StatusOr<ClusterResult>)> done;  // on the scheduler's thread
+};
+
+// Thread-safe.
+class ClusterScheduler {
+ public:
+  static absl::StatusOr<std::unique_ptr<ClusterScheduler>> Create(gpu::Device& device);
+  ~ClusterScheduler();
+
+  void Submit(ClusterJob job);
+  // `keep` lives until `done`, which runs on the scheduler's thread.
+  void Publish(gpu::PublishArgs args, std::function<void(absl::Status)> done);
+  // Finishes what is queued. Idempotent.
+  void Stop() { queue_.Stop(); }
+
+ private:
+  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream);
+
+  std::vector<ClusterJob> TakeBatch();
+  void RunBatch();
+  absl::StatusOr<std::vector<ClusterResult>> Cluster(const std::vector<ClusterJob>& batch);
+
+  gpu::Device& device_;
+  std::unique_ptr<gpu::Stream> stream_;
+  std::mutex mu_;
+  std::deque<ClusterJob> ready_;  // guarded by mu_
+  TaskQueue queue_;               // last: its thread uses the rest
+};
+
+}  // namespace clusterkv::service

@@ -1,0 +1,366 @@
+#include "service/core.h"
+
+#include <fmt/format.h>
+#include <sys/random.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <utility>
+
+#include "gpu/status_macros.h"
+#include "service/logging.h"
+
+namespace clusterkv::service {
+namespace {
+
+constexpr uint32_t kProtocolVersion = 1;
+constexpr size_t kMaxNameBytes = 128;
+constexpr uint32_t kMaxWorldSize = 1024;
+constexpr size_t kTokenBytes = 16;
+constexpr size_t kQueueCapacity = 65536;
+constexpr size_t kChunkTableEntries = 65536;
+
+std::string RandomToken() {
+  std::string token(kTokenBytes, '\0');
+  if (getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) std::abort();
+  return token;
+}
+
+absl::Status CheckHello(const HelloInfo& hello) {
+  if (hello.client_name.size() > kMaxNameBytes) {
+    return absl::InvalidArgumentError(fmt::format("client_name has {} bytes, at most {}",
+                                                  hello.client_name.size(), kMaxNameBytes));
+  }
+  if (hello.protocol_version_min > kProtocolVersion ||
+      hello.protocol_version_max < kProtocolVersion) {
+    return absl::FailedPreconditionError(
+        fmt::format("protocol versions {} to {} offered, this daemon speaks {}",
+                    hello.protocol_version_min, hello.protocol_version_max, kProtocolVersion));
+  }
+  if (std::ranges::find(hello.state_layout_versions, gpu::kStateLayoutVersion) ==
+      hello.state_layout_versions.end()) {
+    return absl::FailedPreconditionError(
+        fmt::format("state layout versions [{}] offered, this daemon writes {}",
+                    fmt::join(hello.state_layout_versions, ", "), gpu::kStateLayoutVersion));
+  }
+  if (!hello.group) return absl::OkStatus();
+  const SessionGroup& group = *hello.group;
+  if (group.id.size() > kMaxNameBytes || group.world_size == 0 ||
+      group.world_size > kMaxWorldSize || group.rank >= group.world_size) {
+    return absl::InvalidArgumentError(
+        fmt::format("group: rank {} of world_size {} with an id of {} bytes; rank < world_size, "
+                    "world_size 1 to {}, id at most {} bytes",
+                    group.rank, group.world_size, group.id.size(), kMaxWorldSize, kMaxNameBytes));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ServiceCore>> ServiceCore::Create(
+    CoreOptions options, std::unique_ptr<gpu::Device> device, std::unique_ptr<HostPool> pool) {
+  auto core = std::unique_ptr<ServiceCore>(
+      new ServiceCore(std::move(options), std::move(device), std::move(pool)));
+  CKV_RETURN_IF_ERROR(core->Start());
+  return core;
+}
+
+ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> device,
+                         std::unique_ptr<HostPool> pool)
+    : options_(std::move(options)),
+      device_(std::move(device)),
+      pool_(std::move(pool)),
+      started_(options_.now()),
+      core_("ckv-core", kQueueCapacity),
+      stage_("ckv-stage", SIZE_MAX),
+      serve_("ckv-serve", SIZE_MAX),
+      memory_("ckv-memory", SIZE_MAX) {}
+
+absl::Status ServiceCore::Start() {
+  CKV_ASSIGN_OR_RETURN(stage_stream_, device_->CreateStream("stage"));
+  CKV_ASSIGN_OR_RETURN(serve_stream_, device_->CreateStream("serve"));
+  CKV_ASSIGN_OR_RETURN(memory_stream_, device_->CreateStream("memory"));
+  CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_));
+  PublishStatus();
+  return absl::OkStatus();
+}
+
+ServiceCore::~ServiceCore() { Stop(); }
+
+void ServiceCore::Stop() {
+  core_.Post([this] {
+    for (auto& [id, session] : sessions_) {
+      if (!session->over) End(*session, absl::UnavailableError("the daemon is stopping"));
+    }
+  });
+  // Each queue finishes what it has; what it posts back reaches the core, which ends last. A second
+  // round catches what the core handed out meanwhile.
+  stage_.Stop();
+  serve_.Stop();
+  if (scheduler_) scheduler_->Stop();
+  memory_.Stop();
+  core_.Stop();
+}
+
+// --- Sessions ---------------------------------------------------------------------------------
+
+void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink,
+                              Completion<WelcomeInfo> done) {
+  Call<WelcomeInfo>(std::move(done), [this, hello = std::move(hello),
+                                      sink = std::move(sink)](Completion<WelcomeInfo> reply) {
+    if (absl::Status bad = CheckHello(hello); !bad.ok()) return reply(bad);
+    if (draining_) return reply(absl::UnavailableError("the daemon is draining"));
+    const auto live = std::ranges::count_if(sessions_, [](auto& s) { return !s.second->over; });
+    if (static_cast<size_t>(live) >= options_.max_sessions) {
+      return reply(absl::ResourceExhaustedError(
+          fmt::format("{} sessions are open, the most there may be", live)));
+    }
+    auto session = std::make_unique<Session>();
+    session->id = next_session_++;
+    session->token = RandomToken();
+    session->hello = hello;
+    session->sink = sink;
+    session->opened = options_.now();
+    session->pool = pool_.get();
+    session->memory = std::make_unique<SessionMemory>(*pool_, *session);
+    session->chunk_table = std::make_unique<const std::byte*[]>(kChunkTableEntries);
+    const WelcomeInfo welcome{.protocol_version = kProtocolVersion,
+                              .state_layout_version = gpu::kStateLayoutVersion,
+                              .session = session->id,
+                              .token = session->token};
+    tokens_[session->token] = session->id;
+    sessions_[session->id] = std::move(session);
+    ++counters_.sessions_started;
+    LogInfo("session opened", {{"session", welcome.session}, {"client", hello.client_name}});
+    PublishStatus();
+    reply(welcome);
+  });
+}
+
+void ServiceCore::EndSession(SessionId id, absl::Status why) {
+  core_.Post([this, id, why = std::move(why)] {
+    const auto found = sessions_.find(id);
+    if (found != sessions_.end() && !found->second->over) End(*found->second, why);
+  });
+}
+
+void ServiceCore::Attach(SessionKey key, PeerCredentials peer, std::shared_ptr<AttachSink> sink,
+                         Completion<SessionId> done) {
+  Call<SessionId>(std::move(done), [this, key = std::move(key), peer,
+                                    sink = std::move(sink)](Completion<SessionId> reply) {
+    auto session = FindSession(key, /*attached=*/false);
+    if (!session.ok()) return reply(session.status());
+    if ((*session)->was_attached) {
+      return reply(
+          absl::AlreadyExistsError(fmt::format("session {} has attached already", (*session)->id)));
+    }
+    (*session)->attach = sink;
+    (*session)->was_attached = true;
+    (*session)->peer = peer;
+    LogInfo("session attached",
+            {{"session", (*session)->id}, {"pid", peer.pid}, {"uid", peer.uid}});
+    PublishStatus();
+    reply((*session)->id);
+  });
+}
+
+void ServiceCore::ChunkMapped(SessionId id, uint32_t chunk) {
+  core_.Post([this, id, chunk] {
+    const auto found = sessions_.find(id);
+    if (found == sessions_.end() || found->second->over) return;
+    Session& session = *found->second;
+    if (absl::Status bad = session.memory->ConfirmMapped(chunk); !bad.ok()) {
+      return End(session, absl::AbortedError(bad.message()));
+    }
+    for (auto& [sequence_id, sequence] : session.sequences) MaybePublish(*sequence);
+  });
+}
+
+void ServiceCore::ChunkUnmapped(SessionId id, uint32_t chunk) {
+  core_.Post([this, id, chunk] {
+    const auto found = sessions_.find(id);
+    if (found == sessions_.end() || found->second->over) return;
+    Session& session = *found->second;
+    if (absl::Status bad = session.memory->ConfirmUnmapped(chunk); !bad.ok()) {
+      return End(session, absl::AbortedError(bad.message()));
+    }
+    RecycleReturned(session);
+    PublishStatus();
+  });
+}
+
+void ServiceCore::Goodbye(SessionId id) {
+  core_.Post([this, id] {
+    const auto found = sessions_.find(id);
+    if (found == sessions_.end()) return;
+    found->second->worker_gone = true;
+    if (!found->second->over) return End(*found->second, absl::OkStatus());
+    FinishEnd(*found->second);
+  });
+}
+
+void ServiceCore::WorkerDied(SessionId id) {
+  core_.Post([this, id] {
+    const auto found = sessions_.find(id);
+    if (found == sessions_.end()) return;
+    found->second->worker_gone = true;
+    if (!found->second->over) {
+      return End(*found->second, absl::AbortedError("the worker process has died"));
+    }
+    FinishEnd(*found->second);
+  });
+}
+
+absl::StatusOr<Session*> ServiceCore::FindSession(const SessionKey& key, bool attached) {
+  if (key.boot_epoch != options_.boot_epoch) {
+    return absl::FailedPreconditionError(
+        fmt::format("boot epoch {} is not this daemon's, {}", key.boot_epoch, options_.boot_epoch));
+  }
+  const auto token = tokens_.find(key.token);
+  if (token == tokens_.end()) {
+    return absl::UnauthenticatedError("the session token is not one of a live session");
+  }
+  Session& session = *sessions_.at(token->second);
+  if (attached && session.attach == nullptr) {
+    return absl::FailedPreconditionError(
+        fmt::format("session {} has not attached yet", session.id));
+  }
+  return &session;
+}
+
+absl::StatusOr<Sequence*> ServiceCore::FindSequence(Session& session, SequenceId id) {
+  const auto found = session.sequences.find(id);
+  if (found == session.sequences.end() || found->second->releasing ||
+      found->second->state == nullptr) {
+    return absl::NotFoundError(fmt::format("session {} has no sequence {}", session.id, id));
+  }
+  if (!found->second->failure.ok()) return found->second->failure;
+  return found->second.get();
+}
+
+Sequence* ServiceCore::SequenceById(SessionId session, SequenceId id) {
+  const auto found = sessions_.find(session);
+  if (found == sessions_.end()) return nullptr;
+  const auto sequence = found->second->sequences.find(id);
+  return sequence == found->second->sequences.end() ? nullptr : sequence->second.get();
+}
+
+void ServiceCore::End(Session& session, const absl::Status& why) {
+  session.over = true;
+  if (!why.ok()) ++counters_.sessions_ended_lost;
+  LogInfo("session over", {{"session", session.id},
+                           {"client", session.hello.client_name},
+                           {"why", why.ok() ? std::string("closed") : std::string(why.message())}});
+  tokens_.erase(session.token);
+  if (session.sink) std::exchange(session.sink, nullptr)->Ended(why);
+  if (session.attach) std::exchange(session.attach, nullptr)->SessionEnded();
+  // Releasing erases from the map, and the last one would forget the session.
+  ++session.in_flight;
+  std::vector<Sequence*> sequences;
+  for (auto& [id, sequence] : session.sequences) sequences.push_back(sequence.get());
+  for (Sequence* sequence : sequences) {
+    if (!sequence->releasing) Release(*sequence);
+  }
+  --session.in_flight;
+  FinishEnd(session);
+}
+
+void ServiceCore::FinishEnd(Session& session) {
+  if (!session.over || !session.sequences.empty() || session.in_flight > 0) return;
+  for (auto& [id, arena] : session.arenas) {
+    FreeDeviceMemory(std::move(arena.memory), session, arena.bytes);
+  }
+  session.arenas.clear();
+  session.memory->QuarantineAll();
+  if (session.worker_gone || !session.was_attached) session.memory->ReleaseAll();
+  RecycleReturned(session);
+  if (session.memory->holds_nothing()) Forget(session);
+  PublishStatus();
+}
+
+void ServiceCore::Forget(Session& session) {
+  LogInfo("session freed", {{"session", session.id}});
+  sessions_.erase(session.id);
+  if (draining_ && idle_ &&
+      std::ranges::all_of(sessions_, [](auto& s) { return s.second->over; })) {
+    std::exchange(idle_, nullptr)();
+  }
+}
+
+// --- Life -------------------------------------------------------------------------------------
+
+void ServiceCore::Tick() {
+  core_.Post([this] {
+    std::vector<Session*> late;
+    for (auto& [id, session] : sessions_) {
+      if (session->over) continue;
+      if (!session->was_attached && options_.now() - session->opened > options_.attach_timeout) {
+        late.push_back(session.get());
+        continue;
+      }
+      for (auto& [sequence_id, sequence] : session->sequences) {
+        if (!sequence->served() && !sequence->releasing) SampleCounters(*sequence);
+      }
+    }
+    for (Session* session : late) {
+      End(*session, absl::AbortedError("the worker did not attach in time"));
+    }
+    PublishStatus();
+  });
+}
+
+void ServiceCore::Drain(absl::Duration timeout, std::function<void()> idle) {
+  core_.Post([this, timeout, idle = std::move(idle)] {
+    draining_ = true;
+    PublishStatus();
+    bool any = false;
+    for (auto& [id, session] : sessions_) {
+      if (session->over || session->sink == nullptr) continue;
+      any = true;
+      session->sink->Draining(static_cast<uint64_t>(absl::ToInt64Milliseconds(timeout)));
+    }
+    if (!any) return idle();
+    idle_ = idle;
+  });
+}
+
+void ServiceCore::PublishStatus() {
+  DaemonStatus status = counters_;
+  status.version = options_.version;
+  status.backend = device_->backend();
+  status.device = device_->description();
+  status.boot_epoch = options_.boot_epoch;
+  status.ready = !draining_;
+  if (draining_) status.not_ready_reason = "draining";
+  status.host = pool_->status();
+  status.gpu_used_bytes = gpu_used_bytes_;
+  for (const auto& [id, session] : sessions_) {
+    status.sequences += session->sequences.size();
+    if (session->over) continue;
+    status.sessions.push_back(
+        {.session_id = id,
+         .client_name = session->hello.client_name,
+         .pid = session->peer.pid,
+         .uid = session->peer.uid,
+         .sequences = session->sequences.size(),
+         .host_bytes = session->memory->lent_bytes(),
+         .gpu_bytes = session->gpu_bytes,
+         .age_seconds = absl::ToDoubleSeconds(options_.now() - session->opened),
+         .attached = session->was_attached});
+  }
+  std::lock_guard lock(status_mu_);
+  status_ = std::move(status);
+}
+
+DaemonStatus ServiceCore::status() const {
+  DaemonStatus status;
+  {
+    std::lock_guard lock(status_mu_);
+    status = status_;
+  }
+  status.uptime_seconds = absl::ToDoubleSeconds(options_.now() - started_);
+  status.rejected_attaches = rejected_attaches_.load();
+  return status;
+}
+
+}  // namespace clusterkv::service

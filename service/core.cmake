@@ -1,0 +1,18 @@
+# The service without gRPC: sessions, sequences, memory, ingest, clustering, served fetch.
+add_library(clusterkv_service STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/cluster_scheduler.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_ingest.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_memory.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_sequences.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_serve.cc
+  ${CMAKE_CURRENT_LIST_DIR}/extent_allocator.cc
+  ${CMAKE_CURRENT_LIST_DIR}/host_pool.cc
+  ${CMAKE_CURRENT_LIST_DIR}/piece_table.cc
+  ${CMAKE_CURRENT_LIST_DIR}/ring_ranges.cc
+  ${CMAKE_CURRENT_LIST_DIR}/session_memory.cc
+  ${CMAKE_CURRENT_LIST_DIR}/task_queue.cc)
+add_library(clusterkv::service ALIAS clusterkv_service)
+target_include_directories(clusterkv_service PUBLIC ${PROJECT_SOURCE_DIR})
+target_link_libraries(clusterkv_service PUBLIC clusterkv::gpu clusterkv_admin fmt::fmt
+                      PRIVATE clusterkv_warnings)

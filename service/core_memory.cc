@@ -1,0 +1,134 @@
+// Device memory of sessions: budget, arenas, freeing; recycling of host chunks.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "gpu/status_macros.h"
+#include "service/core.h"
+#include "service/logging.h"
+
+namespace clusterkv::service {
+namespace {
+
+constexpr uint64_t kMaxArenaBytes = 1ull << 40;
+constexpr uint64_t kPageBytes = 4096;
+constexpr uint64_t kTensorAlignment = 64;
+
+}  // namespace
+
+void Session::OnChunkLent(uint32_t chunk, PoolChunk pool_chunk) {
+  chunk_table[chunk] = pool->data(pool_chunk);
+  if (attach) attach->GrantChunk(chunk, pool->chunk_bytes(), pool->read_only_fd(pool_chunk));
+}
+
+void Session::OnChunkRevoked(uint32_t chunk) {
+  if (attach) attach->RevokeChunk(chunk);
+}
+
+void Session::OnChunkReturned(PoolChunk pool_chunk) { returned.push_back(pool_chunk); }
+
+absl::Status ServiceCore::TakeGpuBytes(Session& session, uint64_t bytes) {
+  if (options_.gpu_memory_bytes > 0 && bytes > options_.gpu_memory_bytes - gpu_used_bytes_) {
+    return absl::ResourceExhaustedError(
+        fmt::format("gpu-memory: {} bytes asked for, {} of {} in use", bytes, gpu_used_bytes_,
+                    options_.gpu_memory_bytes));
+  }
+  gpu_used_bytes_ += bytes;
+  session.gpu_bytes += bytes;
+  return absl::OkStatus();
+}
+
+void ServiceCore::GiveGpuBytes(Session& session, uint64_t bytes) {
+  gpu_used_bytes_ -= bytes;
+  session.gpu_bytes -= bytes;
+}
+
+void ServiceCore::FreeDeviceMemory(std::unique_ptr<gpu::DeviceMemory> memory, Session& session,
+                                   uint64_t bytes) {
+  GiveGpuBytes(session, bytes);
+  // Unmapping takes a while, and on a GPU belongs to the device's thread.
+  memory_.Post([memory = std::shared_ptr<gpu::DeviceMemory>(std::move(memory))] {});
+}
+
+void ServiceCore::AllocateArena(SessionKey key, uint64_t bytes, Completion<ArenaInfo> done) {
+  Call<ArenaInfo>(std::move(done),
+                  [this, key = std::move(key), bytes](Completion<ArenaInfo> reply) {
+                    auto session = FindSession(key);
+                    if (!session.ok()) return reply(session.status());
+                    DoAllocateArena(**session, bytes, std::move(reply));
+                  });
+}
+
+void ServiceCore::DoAllocateArena(Session& session, uint64_t bytes, Completion<ArenaInfo> done) {
+  if (draining_) return done(absl::UnavailableError("the daemon is draining"));
+  if (bytes == 0 || bytes > kMaxArenaBytes) {
+    return done(absl::InvalidArgumentError(
+        fmt::format("bytes is {}, allowed are 1 to {}", bytes, kMaxArenaBytes)));
+  }
+  const size_t arenas = session.arenas.size() + session.in_flight;
+  if (arenas >= options_.max_arenas_per_session) {
+    return done(absl::ResourceExhaustedError(
+        fmt::format("session {} has {} arenas, the most there may be", session.id, arenas)));
+  }
+  const uint64_t rounded = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  if (absl::Status full = TakeGpuBytes(session, rounded); !full.ok()) return done(full);
+  const ArenaId arena = session.next_arena++;
+  ++session.in_flight;
+  memory_.Post([this, id = session.id, arena, rounded, done = std::move(done)] {
+    auto made = device_->AllocateShared(rounded);
+    auto fd = made.ok() ? (*made)->Export() : absl::StatusOr<gpu::UniqueFd>(made.status());
+    auto memory = std::make_shared<decltype(made)>(std::move(made));
+    auto exported = std::make_shared<decltype(fd)>(std::move(fd));
+    core_.Post([this, id, arena, rounded, memory, exported, done] {
+      Session& owner = *sessions_.at(id);  // stays while an arena is in flight
+      --owner.in_flight;
+      if (!memory->ok() || !exported->ok() || owner.over) {
+        if (memory->ok()) {
+          FreeDeviceMemory(std::move(**memory), owner, rounded);
+        } else {
+          GiveGpuBytes(owner, rounded);
+        }
+        FinishEnd(owner);
+        if (!exported->ok()) return done(exported->status());
+        return done(absl::UnauthenticatedError("the session is over"));
+      }
+      owner.attach->GrantArena(arena, rounded, (*exported)->get());
+      owner.arenas[arena] = {.memory = std::move(**memory), .bytes = rounded};
+      PublishStatus();
+      done(ArenaInfo{.arena = arena, .bytes = rounded});
+    });
+  });
+}
+
+absl::StatusOr<const std::byte*> ServiceCore::ArenaBytes(const Session& session, ArenaId arena,
+                                                         uint64_t offset, uint64_t bytes) const {
+  const auto found = session.arenas.find(arena);
+  if (found == session.arenas.end()) {
+    return absl::NotFoundError(fmt::format("session {} has no arena {}", session.id, arena));
+  }
+  if (offset % kTensorAlignment != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("offset {} is not a multiple of {}", offset, kTensorAlignment));
+  }
+  if (offset > found->second.bytes || bytes > found->second.bytes - offset) {
+    return absl::InvalidArgumentError(
+        fmt::format("{} bytes at offset {} do not lie in arena {} of {}", bytes, offset, arena,
+                    found->second.bytes));
+  }
+  return found->second.memory->data() + offset;
+}
+
+void ServiceCore::RecycleReturned(Session& session) {
+  for (const PoolChunk chunk : std::exchange(session.returned, {})) {
+    memory_.Post([this, chunk] {
+      pool_->Zero(chunk);
+      core_.Post([this, chunk] {
+        pool_->Recycle(chunk);
+        PublishStatus();
+      });
+    });
+  }
+}
+
+}  // namespace clusterkv::service

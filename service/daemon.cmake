@@ -1,0 +1,14 @@
+# gRPC, the attach socket, and the program.
+add_library(clusterkv_rpc STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/attach_server.cc
+  ${CMAKE_CURRENT_LIST_DIR}/packet_socket.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/cluster_kv_service.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/convert.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/grpc_server.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/session_reactor.cc)
+target_link_libraries(clusterkv_rpc
+  PUBLIC clusterkv::service clusterkv::proto
+  PRIVATE clusterkv_warnings ${GRPCPP_REFLECTION_LIBRARY})
+
+add_executable(clusterkvd ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc)
+target_link_libraries(clusterkvd PRIVATE clusterkv_rpc clusterkv_admin clusterkv_warnings)

@@ -1,0 +1,158 @@
+#include "service/host_pool.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <utility>
+
+#include "gpu/status_macros.h"
+
+namespace clusterkv::service {
+namespace {
+
+constexpr char kChunkPrefix[] = "chunk-";
+constexpr char kChunkSuffix[] = ".kv";
+
+bool IsChunkFile(const std::string& name) {
+  return name.starts_with(kChunkPrefix) && name.ends_with(kChunkSuffix);
+}
+
+absl::Status FromErrno(int error, const std::string& what) {
+  return absl::ErrnoToStatus(error, what.c_str());
+}
+
+absl::StatusOr<gpu::UniqueFd> LockDirectory(const std::string& directory) {
+  const std::string path = directory + "/lock";
+  gpu::UniqueFd lock(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+  if (!lock.valid()) return FromErrno(errno, "host-memory-dir: cannot open " + path);
+  if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
+    return absl::FailedPreconditionError(
+        fmt::format("host-memory-dir: {} is used by another daemon", directory));
+  }
+  return lock;
+}
+
+// Chunks of a daemon that died: their content belongs to nobody.
+void RemoveStaleChunks(const std::string& directory) {
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
+    if (IsChunkFile(entry.path().filename().string())) {
+      std::filesystem::remove(entry.path(), ignored);
+    }
+  }
+}
+
+}  // namespace
+
+HostPool::HostPool(gpu::UniqueFd lock, uint64_t chunk_bytes)
+    : lock_(std::move(lock)), chunk_bytes_(chunk_bytes) {}
+
+absl::StatusOr<std::unique_ptr<HostPool>> HostPool::Create(const HostPoolOptions& options) {
+  if (options.chunk_bytes == 0 || options.total_bytes < options.chunk_bytes) {
+    return absl::InvalidArgumentError(
+        fmt::format("host-memory {} is below one host-chunk of {} bytes", options.total_bytes,
+                    options.chunk_bytes));
+  }
+  std::error_code error;
+  std::filesystem::create_directories(options.directory, error);
+  if (error) {
+    return FromErrno(error.value(), "host-memory-dir: cannot create " + options.directory);
+  }
+  if (chmod(options.directory.c_str(), 0700) != 0) {
+    return FromErrno(errno, "host-memory-dir: cannot set 0700 on " + options.directory);
+  }
+  CKV_ASSIGN_OR_RETURN(gpu::UniqueFd lock, LockDirectory(options.directory));
+  RemoveStaleChunks(options.directory);
+
+  auto pool = std::unique_ptr<HostPool>(new HostPool(std::move(lock), options.chunk_bytes));
+  const uint64_t count = options.total_bytes / options.chunk_bytes;
+  for (uint64_t i = 0; i < count; ++i) {
+    absl::Status added = pool->AddChunk(
+        fmt::format("{}/{}{:06}{}", options.directory, kChunkPrefix, i, kChunkSuffix));
+    if (!added.ok()) {
+      return absl::Status(
+          added.code(), fmt::format("{} (chunk {} of {} of {} bytes)", std::string(added.message()),
+                                    i + 1, count, options.chunk_bytes));
+    }
+  }
+  // Lowest ordinals first.
+  for (uint32_t i = pool->chunk_count(); i > 0; --i) pool->free_.push_back(i - 1);
+  return pool;
+}
+
+absl::Status HostPool::AddChunk(const std::string& path) {
+  gpu::UniqueFd fd(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+  if (!fd.valid()) return FromErrno(errno, "host-memory-dir: cannot create " + path);
+  chunks_.emplace_back().path = path;  // from here on the destructor removes the file
+  // Pages are taken now: a sparse file on a full tmpfs would end in SIGBUS much later.
+  if (const int failed = posix_fallocate(fd.get(), 0, static_cast<off_t>(chunk_bytes_))) {
+    const std::string what = "host-memory: no room for " + path;
+    if (failed == ENOSPC || failed == ENOMEM || failed == EDQUOT || failed == EFBIG) {
+      return absl::ResourceExhaustedError(fmt::format("{}: {}", what, std::strerror(failed)));
+    }
+    return FromErrno(failed, what);
+  }
+  CKV_ASSIGN_OR_RETURN(chunks_.back().mapping,
+                       gpu::Mapping::Create(fd.get(), chunk_bytes_, gpu::MapAccess::kReadWrite));
+  chunks_.back().read_only = gpu::UniqueFd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!chunks_.back().read_only.valid()) return FromErrno(errno, "cannot reopen " + path);
+  return absl::OkStatus();
+}
+
+HostPool::~HostPool() {
+  for (const Chunk& chunk : chunks_) unlink(chunk.path.c_str());
+}
+
+absl::Status HostPool::Reserve(uint32_t chunks) {
+  const auto available = static_cast<uint32_t>(free_.size()) - reserved_;
+  if (chunks > available) {
+    return absl::ResourceExhaustedError(fmt::format(
+        "host pool: {} chunks of {} bytes asked for, {} of {} free ({} lent, {} reserved, {} "
+        "quarantined)",
+        chunks, chunk_bytes_, available, chunk_count(), lent_, reserved_, quarantined_));
+  }
+  reserved_ += chunks;
+  return absl::OkStatus();
+}
+
+void HostPool::Unreserve(uint32_t chunks) { reserved_ -= chunks; }
+
+absl::StatusOr<PoolChunk> HostPool::Lend(Source source) {
+  if (source == Source::kFree) {
+    CKV_RETURN_IF_ERROR(Reserve(1));
+  }
+  --reserved_;
+  const PoolChunk chunk = free_.back();
+  free_.pop_back();
+  chunks_[chunk].state = State::kLent;
+  ++lent_;
+  return chunk;
+}
+
+void HostPool::Quarantine(PoolChunk chunk) {
+  chunks_[chunk].state = State::kQuarantined;
+  --lent_;
+  ++quarantined_;
+}
+
+void HostPool::Zero(PoolChunk chunk) { std::memset(data(chunk), 0, chunk_bytes_); }
+
+void HostPool::Recycle(PoolChunk chunk) {
+  chunks_[chunk].state = State::kFree;
+  --quarantined_;
+  free_.push_back(chunk);
+}
+
+HostPoolStatus HostPool::status() const {
+  return {.total_bytes = chunk_count() * chunk_bytes_,
+          .used_bytes = lent_ * chunk_bytes_,
+          .reserved_bytes = reserved_ * chunk_bytes_,
+          .quarantined_bytes = quarantined_ * chunk_bytes_};
+}
+
+}  // namespace clusterkv::service

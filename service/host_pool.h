@@ -1,0 +1,78 @@
+// The pinned host memory of the daemon: equal chunk files in a directory of its own, allocated in
+// full at start, each lent whole to one session at a time.
+//
+//   free ──lend──► lent ──quarantine──► quarantined ──recycle──► (zeroed) ──► free
+//
+// A chunk leaves quarantine only when no mapper of it can be alive (design D7); the caller knows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "gpu/mapping.h"
+#include "gpu/unique_fd.h"
+#include "service/daemon_status.h"
+
+namespace clusterkv::service {
+
+using PoolChunk = uint32_t;  // ordinal in the pool
+
+struct HostPoolOptions {
+  std::string directory;  // created if missing, set to 0700
+  uint64_t total_bytes = 0;
+  uint64_t chunk_bytes = 0;
+};
+
+// Not thread-safe, but Zero may run on another thread for a quarantined chunk.
+class HostPool {
+ public:
+  // Errors: FAILED_PRECONDITION (another daemon uses the directory), RESOURCE_EXHAUSTED (the file
+  // system has too little room: how much), INVALID_ARGUMENT, what errno says otherwise.
+  static absl::StatusOr<std::unique_ptr<HostPool>> Create(const HostPoolOptions& options);
+  ~HostPool();  // removes the chunk files
+
+  // Sets aside or gives back chunks for later Lend(kReserved).
+  // Errors: RESOURCE_EXHAUSTED with the numbers.
+  absl::Status Reserve(uint32_t chunks);
+  void Unreserve(uint32_t chunks);
+
+  enum class Source { kReserved, kFree };
+  // Errors: RESOURCE_EXHAUSTED.
+  absl::StatusOr<PoolChunk> Lend(Source source);
+  void Quarantine(PoolChunk chunk);
+  void Zero(PoolChunk chunk);
+  // REQUIRES: quarantined and zeroed.
+  void Recycle(PoolChunk chunk);
+
+  std::byte* data(PoolChunk chunk) const { return chunks_[chunk].mapping.data(); }
+  int read_only_fd(PoolChunk chunk) const { return chunks_[chunk].read_only.get(); }
+  uint64_t chunk_bytes() const { return chunk_bytes_; }
+  uint32_t chunk_count() const { return static_cast<uint32_t>(chunks_.size()); }
+  HostPoolStatus status() const;
+
+ private:
+  enum class State { kFree, kLent, kQuarantined };
+  struct Chunk {
+    std::string path;
+    gpu::Mapping mapping;
+    gpu::UniqueFd read_only;
+    State state = State::kFree;
+  };
+
+  HostPool(gpu::UniqueFd lock, uint64_t chunk_bytes);
+  absl::Status AddChunk(const std::string& path);
+
+  gpu::UniqueFd lock_;  // flock on the directory's lock file
+  const uint64_t chunk_bytes_;
+  std::vector<Chunk> chunks_;
+  std::vector<PoolChunk> free_;
+  uint32_t reserved_ = 0;
+  uint32_t lent_ = 0;
+  uint32_t quarantined_ = 0;
+};
+
+}  // namespace clusterkv::service

@@ -1,0 +1,49 @@
+// The ClusterKv gRPC service: translates, nothing else. Reactions never block: the core answers
+// through callbacks.
+#pragma once
+
+#include <string>
+
+#include "clusterkv/v1/clusterkv.grpc.pb.h"
+#include "service/core.h"
+
+namespace clusterkv::service {
+
+class ClusterKvService : public v1::ClusterKv::CallbackService {
+ public:
+  ClusterKvService(ServiceCore& core, std::string attach_path)
+      : core_(core), attach_path_(std::move(attach_path)) {}
+
+  grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>* Session(
+      grpc::CallbackServerContext* context) override;
+  grpc::ServerUnaryReactor* AllocateArena(grpc::CallbackServerContext* context,
+                                          const v1::AllocateArenaRequest* request,
+                                          v1::AllocateArenaReply* reply) override;
+  grpc::ServerUnaryReactor* RegisterSequence(grpc::CallbackServerContext* context,
+                                             const v1::RegisterSequenceRequest* request,
+                                             v1::RegisterSequenceReply* reply) override;
+  grpc::ServerUnaryReactor* IngestTokens(grpc::CallbackServerContext* context,
+                                         const v1::IngestTokensRequest* request,
+                                         v1::IngestTokensReply* reply) override;
+  grpc::ServerUnaryReactor* WaitPublished(grpc::CallbackServerContext* context,
+                                          const v1::WaitPublishedRequest* request,
+                                          v1::WaitPublishedReply* reply) override;
+  grpc::ServerUnaryReactor* FetchClusters(grpc::CallbackServerContext* context,
+                                          const v1::FetchClustersRequest* request,
+                                          v1::FetchClustersReply* reply) override;
+  grpc::ServerUnaryReactor* ReleaseSequence(grpc::CallbackServerContext* context,
+                                            const v1::ReleaseSequenceRequest* request,
+                                            v1::ReleaseSequenceReply* reply) override;
+  grpc::ServerUnaryReactor* ListSequences(grpc::CallbackServerContext* context,
+                                          const v1::ListSequencesRequest* request,
+                                          v1::ListSequencesReply* reply) override;
+  grpc::ServerUnaryReactor* GetStatus(grpc::CallbackServerContext* context,
+                                      const v1::GetStatusRequest* request,
+                                      v1::GetStatusReply* reply) override;
+
+ private:
+  ServiceCore& core_;
+  const std::string attach_path_;
+};
+
+}  // namespace clusterkv::service

@@ -1,0 +1,112 @@
+#include "service/rpc/grpc_server.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <mutex>
+#include <utility>
+
+#include "gpu/status_macros.h"
+#include "gpu/unique_fd.h"
+#include "service/rpc/cluster_kv_service.h"
+
+namespace clusterkv::service {
+namespace {
+
+constexpr char kUnixPrefix[] = "unix:";
+constexpr int kMaxMessageBytes = 4 << 20;
+
+// A second daemon would steal the path silently, and the first's exit would delete the second's.
+absl::StatusOr<gpu::UniqueFd> LockSocket(const std::string& path) {
+  std::error_code ignored;
+  std::filesystem::create_directories(std::filesystem::path(path).parent_path(), ignored);
+  const std::string lock_path = path + ".lock";
+  gpu::UniqueFd lock(open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0660));
+  if (!lock.valid()) {
+    return absl::UnavailableError(
+        fmt::format("listen: cannot open {}: {}", lock_path, std::string(strerror(errno))));
+  }
+  if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
+    return absl::FailedPreconditionError(
+        fmt::format("listen: another daemon serves {} (it holds {})", path, lock_path));
+  }
+  return lock;
+}
+
+class GrpcServerImpl : public GrpcServer {
+ public:
+  GrpcServerImpl(ServiceCore& core, const std::string& attach_path) : service_(core, attach_path) {}
+  ~GrpcServerImpl() override { Shutdown(absl::ZeroDuration()); }
+
+  absl::Status Start(const std::string& listen) {
+    address_ = listen;
+    const bool local = listen.starts_with(kUnixPrefix);
+    if (local) {
+      const std::string path = listen.substr(sizeof(kUnixPrefix) - 1);
+      CKV_ASSIGN_OR_RETURN(lock_, LockSocket(path));
+      unlink(path.c_str());
+    }
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::ServerBuilder builder;
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+    int port = 0;
+    builder.AddListeningPort(listen, grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(&service_);
+    const mode_t before = umask(0117);
+    server_ = builder.BuildAndStart();
+    umask(before);
+    if (server_ == nullptr || (!local && port == 0)) {
+      server_.reset();
+      return absl::UnavailableError(fmt::format("listen: cannot bind {}", listen));
+    }
+    if (!local) address_ = listen.substr(0, listen.rfind(':') + 1) + std::to_string(port);
+    return absl::OkStatus();
+  }
+
+  const std::string& address() const override { return address_; }
+
+  void SetServing(bool serving) override {
+    if (auto* health = server_->GetHealthCheckService()) {
+      health->SetServingStatus(serving);
+      health->SetServingStatus("clusterkv.v1.ClusterKv", serving);
+    }
+  }
+
+  void Shutdown(absl::Duration timeout) override {
+    std::call_once(once_, [&] {
+      if (server_ == nullptr) return;
+      server_->Shutdown(absl::ToChronoTime(absl::Now() + timeout));
+      server_->Wait();
+    });
+  }
+
+ private:
+  ClusterKvService service_;
+  gpu::UniqueFd lock_;  // released after the server has removed its socket
+  std::string address_;
+  std::once_flag once_;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(const std::string& listen,
+                                                               const std::string& attach_path,
+                                                               ServiceCore& core) {
+  auto server = std::make_unique<GrpcServerImpl>(core, attach_path);
+  CKV_RETURN_IF_ERROR(server->Start(listen));
+  return std::unique_ptr<GrpcServer>(std::move(server));
+}
+
+}  // namespace clusterkv::service

@@ -1,0 +1,212 @@
+#include "service/rpc/session_reactor.h"
+
+#include <fmt/format.h>
+#include <grpcpp/server_context.h>
+
+#include <utility>
+
+#include "service/rpc/convert.h"
+#include "service/rpc/grpc_status.h"
+
+namespace clusterkv::service {
+namespace {
+
+// A worker that lets this many events lie is stuck.
+constexpr size_t kMaxOutgoing = 65536;
+
+}  // namespace
+
+class SessionReactor::Sink : public SessionSink {
+ public:
+  explicit Sink(SessionReactor& reactor) : reactor_(&reactor) {}
+
+  void CreditReturned(ArenaId arena, uint64_t offset, uint64_t bytes) override {
+    v1::SessionEvent event;
+    event.mutable_credit_returned()->set_arena_id(arena);
+    event.mutable_credit_returned()->set_offset(offset);
+    event.mutable_credit_returned()->set_bytes(bytes);
+    Forward(std::move(event));
+  }
+  void SegmentPublished(SequenceId sequence, PublishedInfo info) override {
+    v1::SessionEvent event;
+    event.mutable_segment_published()->set_sequence_id(sequence);
+    event.mutable_segment_published()->set_published_segments(info.segments);
+    event.mutable_segment_published()->set_cut(info.cut);
+    Forward(std::move(event));
+  }
+  void SequenceFailed(SequenceId sequence, const absl::Status& why) override {
+    v1::SessionEvent event;
+    event.mutable_sequence_failed()->set_sequence_id(sequence);
+    event.mutable_sequence_failed()->set_code(static_cast<int>(why.code()));
+    event.mutable_sequence_failed()->set_message(std::string(why.message()));
+    Forward(std::move(event));
+  }
+  void Draining(uint64_t deadline_milliseconds) override {
+    v1::SessionEvent event;
+    event.mutable_draining()->set_deadline_milliseconds(deadline_milliseconds);
+    Forward(std::move(event));
+  }
+  void Ended(const absl::Status& why) override {
+    std::lock_guard lock(mu_);
+    if (reactor_ != nullptr) reactor_->FinishOnce(why);
+  }
+  void Welcomed(absl::StatusOr<WelcomeInfo> welcome) {
+    std::lock_guard lock(mu_);
+    if (reactor_ != nullptr) reactor_->Welcomed(std::move(welcome));
+  }
+  void Detach() {
+    std::lock_guard lock(mu_);
+    reactor_ = nullptr;
+  }
+
+ private:
+  void Forward(v1::SessionEvent event) {
+    std::lock_guard lock(mu_);
+    if (reactor_ != nullptr) reactor_->Send(std::move(event));
+  }
+
+  std::mutex mu_;
+  SessionReactor* reactor_;  // guarded by mu_; null once the stream is done
+};
+
+SessionReactor::SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context,
+                               std::string attach_path)
+    : core_(core),
+      context_(context),
+      attach_path_(std::move(attach_path)),
+      sink_(std::make_shared<Sink>(*this)) {
+  StartRead(&request_);
+}
+
+void SessionReactor::OnReadDone(bool ok) {
+  if (!ok) {  // the worker has closed its side, or is gone
+    SessionId session = 0;
+    {
+      std::lock_guard lock(mu_);
+      cancelled_ = true;
+      session = session_;
+    }
+    if (session != 0) {
+      core_.EndSession(session, absl::AbortedError("the worker has closed the Session stream"));
+    } else if (!greeted_) {
+      FinishOnce(absl::InvalidArgumentError("the stream ended without Hello"));
+    }
+    return;
+  }
+  if (request_.event_case() != v1::SessionRequest::kHello || greeted_) {
+    const absl::Status why = greeted_
+                                 ? absl::AbortedError("a second message on the Session stream")
+                                 : absl::InvalidArgumentError("the first message must be Hello");
+    SessionId session = 0;
+    {
+      std::lock_guard lock(mu_);
+      session = session_;
+    }
+    if (session != 0) return core_.EndSession(session, why);
+    return FinishOnce(why);
+  }
+  greeted_ = true;
+  core_.OpenSession(
+      FromProto(request_.hello()), sink_,
+      [sink = sink_](absl::StatusOr<WelcomeInfo> welcome) { sink->Welcomed(std::move(welcome)); });
+  StartRead(&request_);
+}
+
+void SessionReactor::Welcomed(absl::StatusOr<WelcomeInfo> welcome) {
+  if (!welcome.ok()) return FinishOnce(welcome.status());
+  bool gone = false;
+  {
+    std::lock_guard lock(mu_);
+    session_ = welcome->session;
+    gone = cancelled_ || finished_;
+  }
+  if (gone) {
+    return core_.EndSession(welcome->session, absl::AbortedError("the worker has gone"));
+  }
+  v1::SessionEvent event;
+  v1::Welcome& message = *event.mutable_welcome();
+  message.set_protocol_version(welcome->protocol_version);
+  message.set_state_layout_version(welcome->state_layout_version);
+  message.set_backend(core_.backend());
+  message.set_session_id(welcome->session);
+  message.set_session_token(welcome->token);
+  message.set_attach_path(attach_path_);
+  message.set_host_chunk_bytes(core_.chunk_bytes());
+  Send(std::move(event));
+}
+
+void SessionReactor::Send(v1::SessionEvent event) {
+  event.set_boot_epoch(core_.boot_epoch());
+  SessionId stuck = 0;
+  {
+    std::lock_guard lock(mu_);
+    if (finished_) return;
+    if (outgoing_.size() >= kMaxOutgoing) {
+      stuck = session_;
+    } else {
+      outgoing_.push_back(std::move(event));
+      if (outgoing_.size() == 1) StartWrite(&outgoing_.front());
+    }
+  }
+  if (stuck != 0) {
+    core_.EndSession(
+        stuck, absl::AbortedError(fmt::format("the worker has not read {} events", kMaxOutgoing)));
+  }
+}
+
+void SessionReactor::OnWriteDone(bool ok) {
+  absl::Status why;
+  {
+    std::lock_guard lock(mu_);
+    outgoing_.pop_front();
+    // After a failed write the read ends too, and that ends the session.
+    if (!finished_) {
+      if (ok && !outgoing_.empty()) StartWrite(&outgoing_.front());
+      return;
+    }
+    outgoing_.clear();
+    why = why_;
+  }
+  Finish(ToGrpcStatus(why));
+}
+
+void SessionReactor::OnCancel() {
+  SessionId session = 0;
+  {
+    std::lock_guard lock(mu_);
+    cancelled_ = true;
+    session = session_;
+  }
+  if (session != 0) {
+    core_.EndSession(session, absl::AbortedError("the Session stream has broken"));
+  } else {
+    FinishOnce(absl::CancelledError("the worker has gone"));
+  }
+}
+
+// gRPC takes one write at a time, and the end is one: a write in flight goes first.
+void SessionReactor::FinishOnce(const absl::Status& why) {
+  {
+    std::lock_guard lock(mu_);
+    if (std::exchange(finished_, true)) return;
+    why_ = why;
+    if (!outgoing_.empty()) {
+      if (outgoing_.size() >= kMaxOutgoing) context_.TryCancel();  // the worker does not read
+      return;
+    }
+  }
+  Finish(ToGrpcStatus(why));
+}
+
+void SessionReactor::OnDone() {
+  sink_->Detach();
+  SessionId session = 0;
+  {
+    std::lock_guard lock(mu_);
+    session = session_;
+  }
+  if (session != 0) core_.EndSession(session, absl::AbortedError("the Session stream has ended"));
+  delete this;
+}
+
+}  // namespace clusterkv::service

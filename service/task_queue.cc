@@ -1,0 +1,63 @@
+#include "service/task_queue.h"
+
+#include <pthread.h>
+
+#include <utility>
+
+namespace clusterkv::service {
+
+TaskQueue::TaskQueue(const std::string& name, size_t capacity)
+    : capacity_(capacity), thread_([this] { Run(); }) {
+  pthread_setname_np(thread_.native_handle(), name.substr(0, 15).c_str());
+}
+
+TaskQueue::~TaskQueue() { Stop(); }
+
+bool TaskQueue::TryPost(Task task) {
+  {
+    std::lock_guard lock(mu_);
+    if (stopping_ || tasks_.size() >= capacity_) return false;
+    tasks_.push_back(std::move(task));
+  }
+  wake_.notify_one();
+  return true;
+}
+
+void TaskQueue::Post(Task task) {
+  {
+    std::lock_guard lock(mu_);
+    if (stopping_) return;
+    tasks_.push_back(std::move(task));
+  }
+  wake_.notify_one();
+}
+
+void TaskQueue::Stop() {
+  {
+    std::lock_guard lock(mu_);
+    stopping_ = true;
+  }
+  wake_.notify_one();
+  if (thread_.joinable()) thread_.join();
+}
+
+size_t TaskQueue::depth() const {
+  std::lock_guard lock(mu_);
+  return tasks_.size();
+}
+
+void TaskQueue::Run() {
+  std::unique_lock lock(mu_);
+  while (true) {
+    wake_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
+    if (tasks_.empty()) return;
+    Task task = std::move(tasks_.front());
+    tasks_.pop_front();
+    lock.unlock();
+    task();
+    task = nullptr;  // what it holds is freed outside the lock
+    lock.lock();
+  }
+}
+
+}  // namespace clusterkv::service

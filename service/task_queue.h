@@ -1,0 +1,43 @@
+// A named thread that runs tasks in order.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+
+namespace clusterkv::service {
+
+// Thread-safe. Destruction stops it.
+class TaskQueue {
+ public:
+  using Task = std::function<void()>;
+
+  TaskQueue(const std::string& name, size_t capacity);
+  ~TaskQueue();
+
+  // False, and nothing is kept, if the queue is full or stopped: for work that comes from outside.
+  bool TryPost(Task task);
+  // For completions of work that was admitted before, so that their number is bounded already.
+  // Dropped after Stop.
+  void Post(Task task);
+  // Runs what is queued, then joins. Idempotent.
+  void Stop();
+
+  size_t depth() const;
+
+ private:
+  void Run();
+
+  const size_t capacity_;
+  mutable std::mutex mu_;
+  std::condition_variable wake_;  // with mu_
+  std::deque<Task> tasks_;        // guarded by mu_
+  bool stopping_ = false;         // guarded by mu_
+  std::thread thread_;
+};
+
+}  // namespace clusterkv::service
