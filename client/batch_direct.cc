@@ -1,0 +1,107 @@
+#include "client/batch_direct.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "gpu/selection.h"
+#include "gpu/status_macros.h"
+
+namespace clusterkv::client {
+
+absl::StatusOr<std::unique_ptr<DecodeBatch>> DirectBatch::Create(
+    std::vector<SequenceImpl*> sequences, const BatchOptions& options) {
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<gpu::Stream> stream,
+                       sequences.front()->session().device().CreateStream("ckv-decode"));
+  return std::unique_ptr<DecodeBatch>(
+      new DirectBatch(std::move(sequences), options, std::move(stream)));
+}
+
+DirectBatch::DirectBatch(std::vector<SequenceImpl*> sequences, const BatchOptions& options,
+                         std::unique_ptr<gpu::Stream> stream)
+    : step_(std::move(sequences)),
+      options_(options),
+      slots_(step_.sequences().size()),
+      errors_(step_.sequences().size()),
+      stream_(std::move(stream)),
+      packer_(*stream_) {}
+
+DirectBatch::~DirectBatch() {
+  // The stream reads members and the sequences' memory: it must have passed before they go.
+  stream_->Synchronize().IgnoreError();
+}
+
+absl::Status DirectBatch::Begin(uint32_t budget_tokens) {
+  CKV_RETURN_IF_ERROR(step_.CheckBegin(budget_tokens));
+  for (SequenceImpl* const sequence : step_.sequences()) {
+    CKV_RETURN_IF_ERROR(sequence->ReserveTail());
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) slots_[i] = step_.sequences()[i]->slot();
+  CKV_RETURN_IF_ERROR(ops().BeginStep(*stream_, slots_));
+  step_.Open(budget_tokens);
+  return absl::OkStatus();
+}
+
+absl::Status DirectBatch::Append(uint32_t layer, const gpu::KvSource& source) {
+  CKV_RETURN_IF_ERROR(step_.CheckAppend(layer, source));
+  CKV_RETURN_IF_ERROR(ops().Append(*stream_, slots_, layer, source));
+  gpu::KvSource own = source;
+  for (SequenceImpl* const sequence : step_.sequences()) {
+    CKV_RETURN_IF_ERROR(sequence->AppendTail(packer_, layer, own));
+    own.k += source.batch_stride;
+    own.v += source.batch_stride;
+  }
+  step_.Appended();
+  return absl::OkStatus();
+}
+
+absl::Status DirectBatch::Attend(uint32_t layer, const gpu::QuerySource& queries,
+                                 const gpu::AttentionTarget& target) {
+  CKV_RETURN_IF_ERROR(step_.CheckAttend(layer, queries, target));
+  CKV_RETURN_IF_ERROR(ops().Select(*stream_, slots_, layer, queries, step_.budget_tokens()));
+  CKV_RETURN_IF_ERROR(ops().Fetch(*stream_, slots_, layer));
+  CKV_RETURN_IF_ERROR(ops().Attend(*stream_, slots_, layer, queries, target));
+  step_.Attended();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<int32_t>> DirectBatch::Selection(size_t index) {
+  if (!options_.want_selection) {
+    return absl::FailedPreconditionError("the batch was made without want_selection");
+  }
+  if (index >= slots_.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("sequence ", index, " of a batch of ", slots_.size()));
+  }
+  if (!step_.open() || !step_.attended_any()) {
+    return absl::FailedPreconditionError("no layer of an open step has been attended");
+  }
+  return gpu::ReadSelection(*stream_, slots_[index], step_.last_attended(), step_.budget_tokens());
+}
+
+absl::Status DirectBatch::End() {
+  CKV_RETURN_IF_ERROR(step_.CheckEnd());
+  absl::Status status = ops().EndStep(*stream_, slots_, absl::MakeSpan(errors_));
+  const absl::Status passed = stream_->Synchronize();
+  if (status.ok()) status = passed;
+  if (status.ok()) status = StepErrors();
+  if (!status.ok()) {
+    step_.Abandon(status);
+    return status;
+  }
+  step_.Finish();
+  return absl::OkStatus();
+}
+
+absl::Status DirectBatch::StepErrors() const {
+  for (size_t i = 0; i < errors_.size(); ++i) {
+    if (errors_[i] == 0) continue;
+    const bool stale = (errors_[i] & gpu::kStaleGeneration) != 0;
+    return absl::InternalError(
+        absl::StrCat("sequence ", step_.sequences()[i]->id(), ": step error ", errors_[i],
+                     stale ? " (stale generation)" : "",
+                     (errors_[i] & gpu::kWindowOverflow) != 0 ? " (window overflow)" : ""));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace clusterkv::client
