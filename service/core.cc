@@ -87,14 +87,20 @@ absl::Status ServiceCore::Start() {
 
 ServiceCore::~ServiceCore() { Stop(); }
 
-void ServiceCore::Stop() {
+void ServiceCore::EndAllSessions() {
   core_.Post([this] {
+    draining_ = true;
+    std::vector<Session*> open;  // ending one may erase it
     for (auto& [id, session] : sessions_) {
-      if (!session->over) End(*session, absl::UnavailableError("the daemon is stopping"));
+      if (!session->over) open.push_back(session.get());
     }
+    for (Session* session : open) End(*session, absl::UnavailableError("the daemon is stopping"));
   });
-  // Each queue finishes what it has; what it posts back reaches the core, which ends last. A second
-  // round catches what the core handed out meanwhile.
+}
+
+void ServiceCore::Stop() {
+  EndAllSessions();
+  // Each queue finishes what it has; what it posts back reaches the core, which ends last.
   stage_.Stop();
   serve_.Stop();
   if (scheduler_) scheduler_->Stop();

@@ -91,7 +91,10 @@ class ServiceCore {
   uint64_t boot_epoch() const { return options_.boot_epoch; }
   uint64_t chunk_bytes() const { return pool_->chunk_bytes(); }
   const std::string& backend() const { return device_->backend(); }
-  // Ends all sessions and all threads. Idempotent.
+  // Every session is over, whatever it does.
+  void EndAllSessions();
+  // Ends all sessions and all threads. After the transports: their calls are answered before.
+  // Idempotent.
   void Stop();
 
  private:

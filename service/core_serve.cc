@@ -28,7 +28,7 @@ struct ServiceCore::ServeWork {
     std::byte* output = nullptr;              // in an arena; null: inline
     std::vector<std::vector<RowSpan>> spans;  // per KV head, where this token is staged
     std::vector<std::byte> token;             // K then V, as a range of one token
-    gpu::LayerCounters before, after;
+    gpu::LayerCounters before{}, after{};
     std::vector<gpu::LayerCounters> all_counters;
     FetchResult result;
   };

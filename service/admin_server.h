@@ -1,0 +1,28 @@
+// The admin HTTP port: /livez /readyz /startupz /metrics /version /status. Reads one snapshot for
+// each request and waits for no device; nothing here changes anything.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "service/daemon_status.h"
+
+namespace clusterkv::service {
+
+struct AdminOptions {
+  std::string listen;                    // HOST:PORT, port 0 picks one
+  std::function<DaemonStatus()> status;  // thread-safe
+};
+
+class AdminServer {
+ public:
+  // Errors: UNAVAILABLE (cannot bind).
+  static absl::StatusOr<std::unique_ptr<AdminServer>> Create(AdminOptions options);
+  virtual ~AdminServer() = default;
+
+  virtual const std::string& address() const = 0;  // with the port that was picked
+};
+
+}  // namespace clusterkv::service

@@ -1,0 +1,52 @@
+// The daemon's configuration: one table of keys gives flags (--host-memory), environment
+// (CLUSTERKV_HOST_MEMORY), YAML (host-memory:), the help and the effective configuration.
+// A flag goes before the environment, that before the file, that before the default.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "service/logging.h"
+
+namespace clusterkv::service {
+
+struct Config {
+  std::string listen = "unix:/run/clusterkv/clusterkvd.sock";
+  std::string attach_path;  // empty: beside a UNIX socket, with .attach
+  std::string admin_listen = "127.0.0.1:9464";
+  uint64_t host_memory_bytes = 2ull << 30;  // whole chunks
+  std::string host_memory_dir = "/dev/shm/clusterkv";
+  uint64_t host_chunk_bytes = 0;  // 0: chosen from host_memory
+  std::string backend = "auto";
+  uint64_t gpu_memory_bytes = 0;                 // 0: no bound
+  int threads = 0;                               // 0: all cores
+  std::optional<std::set<uint32_t>> allow_uids;  // nullopt: any
+  std::optional<std::set<uint32_t>> allow_gids;
+  uint32_t max_sessions = 64;
+  uint32_t max_sequences_per_session = 1024;
+  uint32_t max_arenas_per_session = 64;
+  absl::Duration drain_timeout = absl::Seconds(10);
+  absl::Duration attach_timeout = absl::Seconds(10);
+  LogLevel log_level = LogLevel::kInfo;
+  LogFormat log_format = LogFormat::kText;
+
+  std::string early_output;  // of --help and --version: print it and exit
+
+  std::string attach_socket_path() const;
+};
+
+// `environment` is a null-terminated list of NAME=VALUE.
+// Errors: INVALID_ARGUMENT that names the key, where it came from, and what is allowed.
+absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
+                                  const char* const* environment);
+
+// Every key and its value, as they would be written in a --config file.
+std::vector<std::pair<std::string, std::string>> EffectiveConfig(const Config& config);
+
+}  // namespace clusterkv::service

@@ -1,0 +1,50 @@
+// Structured logs on stderr: a message, and fields by name. Thread-safe.
+//
+//   text  2026-11-24T23:44:30.123Z info  sequence registered session=3 sequence=17
+//   json  {"ts":"2026-11-24T23:44:30.123Z","level":"info","msg":"sequence registered",
+//          "session":3,"sequence":17}
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <variant>
+
+namespace clusterkv::service {
+
+enum class LogFormat { kText, kJson };
+enum class LogLevel { kDebug, kInfo, kWarning, kError };
+
+struct LogField {
+  using Value = std::variant<uint64_t, int64_t, double, bool, std::string>;
+
+  LogField(const char* field, const char* text) : name(field), value(std::string(text)) {}
+  LogField(const char* field, std::string text) : name(field), value(std::move(text)) {}
+  LogField(const char* field, bool flag) : name(field), value(flag) {}
+  LogField(const char* field, std::floating_point auto number)
+      : name(field), value(static_cast<double>(number)) {}
+  LogField(const char* field, std::unsigned_integral auto number)
+      : name(field), value(static_cast<uint64_t>(number)) {}
+  LogField(const char* field, std::signed_integral auto number)
+      : name(field), value(static_cast<int64_t>(number)) {}
+
+  const char* name;
+  Value value;
+};
+
+using LogFields = std::initializer_list<LogField>;
+
+// Before that, and in tests, text from info on.
+void InitLogging(LogFormat format, LogLevel level);
+
+void LogDebug(const std::string& message, LogFields fields = {});
+void LogInfo(const std::string& message, LogFields fields = {});
+void LogWarning(const std::string& message, LogFields fields = {});
+void LogError(const std::string& message, LogFields fields = {});
+
+// One line without the time stamp's value, for tests and for Log itself.
+std::string FormatLogLine(LogFormat format, const std::string& timestamp, LogLevel level,
+                          const std::string& message, LogFields fields);
+
+}  // namespace clusterkv::service
