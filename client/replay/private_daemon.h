@@ -1,0 +1,51 @@
+// A clusterkvd for one replay: its own directory, socket and host memory, gone at the end.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "client/replay/child_process.h"
+#include "client/replay/trace.h"
+
+namespace clusterkv::client::replay {
+
+struct PrivateDaemonOptions {
+  std::string program;  // empty: clusterkvd beside this program, else from PATH
+  std::string backend = "auto";
+  uint64_t host_memory_bytes = 0;
+  absl::Duration start_timeout = absl::Minutes(5);  // host memory is pinned first
+};
+
+// Host memory for so many sequences of a trace at once, with room for whole chunks.
+uint64_t HostMemoryFor(const Trace& trace, uint32_t workers, uint32_t sequences);
+
+class PrivateDaemon {
+ public:
+  // Waits until it serves. Errors: what its exit code stands for (INVALID_ARGUMENT,
+  // RESOURCE_EXHAUSTED, else UNAVAILABLE), with the end of what it wrote on stderr; CANCELLED.
+  static absl::StatusOr<std::unique_ptr<PrivateDaemon>> Start(const PrivateDaemonOptions& options);
+  ~PrivateDaemon();
+
+  const std::string& address() const { return address_; }
+  // SIGTERM, then waits for the drain. Errors: INTERNAL unless it exits with 0 in time. Idempotent.
+  absl::Status Stop();
+
+ private:
+  PrivateDaemon() = default;
+  absl::Status Launch(const PrivateDaemonOptions& options);
+  absl::Status WaitUntilReady(int stdout_fd, absl::Duration timeout);
+  absl::Status DiedBeforeReady();
+  std::string LogTail() const;
+
+  std::string directory_;
+  std::string address_;
+  std::string log_path_;
+  int stdout_fd_ = -1;  // stays open: a daemon without a reader would die of SIGPIPE
+  std::optional<ChildProcess> process_;
+};
+
+}  // namespace clusterkv::client::replay
