@@ -2,12 +2,15 @@
 add_library(clusterkv_admin STATIC
   ${CMAKE_CURRENT_LIST_DIR}/admin_server.cc
   ${CMAKE_CURRENT_LIST_DIR}/config.cc
+  ${CMAKE_CURRENT_LIST_DIR}/config_keys.cc
   ${CMAKE_CURRENT_LIST_DIR}/logging.cc
   ${CMAKE_CURRENT_LIST_DIR}/metrics.cc
+  ${CMAKE_CURRENT_LIST_DIR}/process_metrics.cc
   ${CMAKE_CURRENT_LIST_DIR}/size_text.cc
   ${CMAKE_CURRENT_LIST_DIR}/status_json.cc)
 target_include_directories(clusterkv_admin PUBLIC ${PROJECT_SOURCE_DIR})
+target_compile_definitions(clusterkv_admin PUBLIC CLUSTERKV_VERSION="${PROJECT_VERSION}")
 target_link_libraries(clusterkv_admin
   PUBLIC absl::status absl::statusor absl::strings absl::time fmt::fmt
   PRIVATE clusterkv_warnings yaml-cpp spdlog::spdlog prometheus-cpp::core PkgConfig::HTTPLIB
-          nlohmann_json::nlohmann_json)
+          nlohmann_json::nlohmann_json Threads::Threads)

@@ -3,11 +3,16 @@
 #include <fmt/format.h>
 #include <httplib.h>
 #include <pthread.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
-#include <cstdlib>
+#include <atomic>
+#include <chrono>
+#include <filesystem>
 #include <thread>
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "gpu/status_macros.h"
 #include "service/metrics.h"
 #include "service/status_json.h"
@@ -18,62 +23,120 @@ namespace {
 constexpr char kText[] = "text/plain; charset=utf-8";
 constexpr char kPrometheus[] = "text/plain; version=0.0.4; charset=utf-8";
 constexpr char kJson[] = "application/json";
-constexpr size_t kThreads = 2;
+constexpr size_t kThreads = 4;
 constexpr size_t kMaxPayloadBytes = 4096;
 constexpr int kTimeoutSeconds = 5;
+constexpr auto kStartPoll = std::chrono::milliseconds(1);
+constexpr auto kStopPoll = std::chrono::milliseconds(20);
+
+// The port of the socket's own end, if it is an accepted TCP connection; else -1.
+int AcceptedPort(int fd) {
+  int listening = 0;
+  socklen_t size = sizeof(listening);
+  if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) != 0 || listening != 0) {
+    return -1;
+  }
+  sockaddr_storage address{};
+  size = sizeof(address);
+  if (getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) != 0) return -1;
+  if (address.ss_family == AF_INET) {
+    return ntohs(reinterpret_cast<const sockaddr_in&>(address).sin_port);
+  }
+  if (address.ss_family == AF_INET6) {
+    return ntohs(reinterpret_cast<const sockaddr_in6&>(address).sin6_port);
+  }
+  return -1;
+}
+
+// The library's stop() waits for its connections, and a client that sends its request byte by byte
+// would keep it waiting for ever. It tells nobody its sockets, hence this look at all of ours.
+void ShutDownConnections(int port) {
+  std::error_code error;
+  for (std::filesystem::directory_iterator entry("/proc/self/fd", error), end;
+       !error && entry != end; entry.increment(error)) {
+    int fd = -1;
+    if (absl::SimpleAtoi(entry->path().filename().string(), &fd) && AcceptedPort(fd) == port) {
+      shutdown(fd, SHUT_RDWR);
+    }
+  }
+}
 
 class AdminServerImpl : public AdminServer {
  public:
-  explicit AdminServerImpl(AdminOptions options) : options_(std::move(options)) { AddRoutes(); }
+  explicit AdminServerImpl(AdminOptions options) : options_(std::move(options)) {
+    Bound();
+    AddRoutes();
+    RefuseOtherMethods();
+  }
+
   ~AdminServerImpl() override {
+    if (!thread_.joinable()) return;
     server_.stop();
-    if (thread_.joinable()) thread_.join();
+    while (!stopped_.load()) {
+      ShutDownConnections(port_);
+      std::this_thread::sleep_for(kStopPoll);
+    }
+    thread_.join();
   }
 
   absl::Status Start() {
     const size_t colon = options_.listen.rfind(':');
-    const std::string host = options_.listen.substr(0, colon);
-    int port = std::atoi(options_.listen.c_str() + colon + 1);
-    const std::string plain = host == "[::1]" ? "::1" : host;
-    if (port == 0) {
-      port = server_.bind_to_any_port(plain);
-    } else if (!server_.bind_to_port(plain, port)) {
-      port = -1;
+    int port = 0;
+    if (colon == std::string::npos || !absl::SimpleAtoi(options_.listen.substr(colon + 1), &port)) {
+      return absl::InvalidArgumentError(
+          fmt::format("admin-listen: '{}' is not HOST:PORT", options_.listen));
     }
-    if (port < 0) {
+    const std::string host = options_.listen.substr(0, colon);
+    const std::string plain = host == "[::1]" ? "::1" : host;
+    port_ = port;
+    if (port == 0) {
+      port_ = server_.bind_to_any_port(plain);
+    } else if (!server_.bind_to_port(plain, port)) {
+      port_ = -1;
+    }
+    if (port_ < 0) {
       return absl::UnavailableError(fmt::format("admin-listen: cannot bind {}", options_.listen));
     }
-    address_ = fmt::format("{}:{}", host, port);
-    thread_ = std::thread([this] { server_.listen_after_bind(); });
+    address_ = fmt::format("{}:{}", host, port_);
+    thread_ = std::thread([this] {
+      server_.listen_after_bind();
+      stopped_.store(true);
+    });
     pthread_setname_np(thread_.native_handle(), "ckv-admin");
+    // A stop() before that would be lost.
+    while (!server_.is_running() && !stopped_.load()) std::this_thread::sleep_for(kStartPoll);
     return absl::OkStatus();
   }
 
   const std::string& address() const override { return address_; }
 
  private:
-  void AddRoutes() {
+  // What one client may take.
+  void Bound() {
     server_.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
     server_.set_payload_max_length(kMaxPayloadBytes);
     server_.set_read_timeout(kTimeoutSeconds, 0);
     server_.set_write_timeout(kTimeoutSeconds, 0);
-    server_.set_keep_alive_timeout(kTimeoutSeconds);
-    // Two daemons on one port must not both start.
+    // A connection holds one of the few threads as long as it lives.
+    server_.set_keep_alive_max_count(1);
+    // Two daemons on one port must not both start: the library's own choice is SO_REUSEPORT.
     server_.set_socket_options([](int socket) {
       const int yes = 1;
       setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
     });
+  }
+
+  void AddRoutes() {
     server_.Get("/livez", [](const httplib::Request&, httplib::Response& response) {
       response.set_content("ok\n", kText);
     });
-    const auto ready = [this](const httplib::Request&, httplib::Response& response) {
+    server_.Get("/startupz", [](const httplib::Request&, httplib::Response& response) {
+      response.set_content("ok\n", kText);  // this port opens once the daemon has started
+    });
+    server_.Get("/readyz", [this](const httplib::Request&, httplib::Response& response) {
       const DaemonStatus status = options_.status();
       if (!status.ready) response.status = 503;
       response.set_content(status.ready ? "ok\n" : status.not_ready_reason + "\n", kText);
-    };
-    server_.Get("/readyz", ready);
-    server_.Get("/startupz", [](const httplib::Request&, httplib::Response& response) {
-      response.set_content("ok\n", kText);  // this port opens once the daemon has started
     });
     server_.Get("/metrics", [this](const httplib::Request&, httplib::Response& response) {
       response.set_content(MetricsText(options_.status()), kPrometheus);
@@ -84,6 +147,13 @@ class AdminServerImpl : public AdminServer {
     server_.Get("/status", [this](const httplib::Request&, httplib::Response& response) {
       response.set_content(StatusJson(options_.status()), kJson);
     });
+    server_.set_error_handler([](const httplib::Request&, httplib::Response& response) {
+      if (response.status != 404) return;
+      response.set_content("known are /livez /readyz /startupz /metrics /version /status\n", kText);
+    });
+  }
+
+  void RefuseOtherMethods() {
     const auto refuse = [](const httplib::Request&, httplib::Response& response) {
       response.status = 405;
       response.set_header("Allow", "GET, HEAD");
@@ -98,7 +168,9 @@ class AdminServerImpl : public AdminServer {
 
   const AdminOptions options_;
   httplib::Server server_;
+  int port_ = 0;
   std::string address_;
+  std::atomic<bool> stopped_{false};
   std::thread thread_;
 };
 

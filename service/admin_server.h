@@ -18,8 +18,9 @@ struct AdminOptions {
 
 class AdminServer {
  public:
-  // Errors: UNAVAILABLE (cannot bind).
+  // Errors: INVALID_ARGUMENT (no HOST:PORT), UNAVAILABLE (cannot bind).
   static absl::StatusOr<std::unique_ptr<AdminServer>> Create(AdminOptions options);
+  // Stops at once, whatever its clients do.
   virtual ~AdminServer() = default;
 
   virtual const std::string& address() const = 0;  // with the port that was picked

@@ -18,9 +18,10 @@ namespace clusterkv::service {
 
 struct Config {
   std::string listen = "unix:/run/clusterkv/clusterkvd.sock";
-  std::string attach_path;  // empty: beside a UNIX socket, with .attach
+  std::string attach_path;  // empty: the UNIX socket's path with .attach
   std::string admin_listen = "127.0.0.1:9464";
-  uint64_t host_memory_bytes = 2ull << 30;  // whole chunks
+  uint64_t host_memory_bytes = 2ull << 30;   // whole chunks
+  uint64_t requested_host_memory_bytes = 0;  // before that rounding
   std::string host_memory_dir = "/dev/shm/clusterkv";
   uint64_t host_chunk_bytes = 0;  // 0: chosen from host_memory
   std::string backend = "auto";
@@ -46,7 +47,7 @@ struct Config {
 absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
                                   const char* const* environment);
 
-// Every key and its value, as they would be written in a --config file.
+// Every key with the value that is in force, and whether host-memory was rounded down.
 std::vector<std::pair<std::string, std::string>> EffectiveConfig(const Config& config);
 
 }  // namespace clusterkv::service

@@ -3,7 +3,9 @@
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -65,6 +67,17 @@ std::string Dump(const nlohmann::ordered_json& json) {
   return json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
+// Needs no quotes in `name=value`.
+bool IsPlain(char c) { return c > ' ' && c < 0x7f && c != '"' && c != '\\' && c != '='; }
+
+// A line break in a message must not look like another line of the log.
+std::string OneLine(std::string message) {
+  for (char& c : message) {
+    if (std::iscntrl(static_cast<unsigned char>(c)) != 0) c = ' ';
+  }
+  return message;
+}
+
 void Log(LogLevel level, const std::string& message, LogFields fields) {
   spdlog::logger& logger = Logger();
   if (!logger.should_log(SpdlogLevel(level))) return;
@@ -88,11 +101,10 @@ std::string FormatLogLine(LogFormat chosen, const std::string& timestamp, LogLev
     for (const LogField& field : fields) line[field.name] = ToJson(field.value);
     return Dump(line);
   }
-  std::string line = timestamp + " " + LevelName(level) + " " + message;
+  std::string line = timestamp + " " + LevelName(level) + " " + OneLine(message);
   for (const LogField& field : fields) {
     const auto* text = std::get_if<std::string>(&field.value);
-    const bool plain = text != nullptr && !text->empty() &&
-                       text->find_first_of(" \"\\\n\r\t=") == std::string::npos;
+    const bool plain = text != nullptr && !text->empty() && std::ranges::all_of(*text, IsPlain);
     line += std::string(" ") + field.name + "=" + (plain ? *text : Dump(ToJson(field.value)));
   }
   return line;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 #include <variant>
 
 namespace clusterkv::service {
@@ -35,7 +36,7 @@ struct LogField {
 
 using LogFields = std::initializer_list<LogField>;
 
-// Before that, and in tests, text from info on.
+// Until then: text, from info on.
 void InitLogging(LogFormat format, LogLevel level);
 
 void LogDebug(const std::string& message, LogFields fields = {});
@@ -43,7 +44,7 @@ void LogInfo(const std::string& message, LogFields fields = {});
 void LogWarning(const std::string& message, LogFields fields = {});
 void LogError(const std::string& message, LogFields fields = {});
 
-// One line without the time stamp's value, for tests and for Log itself.
+// One line of the log, without its line break.
 std::string FormatLogLine(LogFormat format, const std::string& timestamp, LogLevel level,
                           const std::string& message, LogFields fields);
 

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "service/process_metrics.h"
+
 namespace clusterkv::service {
 namespace {
 
@@ -118,6 +120,12 @@ std::string MetricsText(const DaemonStatus& status) {
                status.uptime_seconds);
   families.Gauge("clusterkv_build_info", "Always 1; the labels tell the build.", 1,
                  {{"version", status.version}, {"backend", status.backend}});
+  const ProcessUse process = ReadProcessUse();
+  families.Add("process_cpu_seconds_total", MetricType::Counter, "User and system CPU time.",
+               process.cpu_seconds);
+  families.Gauge("process_resident_memory_bytes", "Resident memory, the host pool among it.",
+                 process.resident_bytes);
+  families.Gauge("process_open_fds", "Open file descriptors.", process.open_fds);
   return prometheus::TextSerializer().Serialize(families.all());
 }
 

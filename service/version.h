@@ -2,6 +2,7 @@
 
 namespace clusterkv::service {
 
-inline constexpr char kVersion[] = "0.1.0";
+// The project's version, from CMakeLists.txt.
+inline constexpr char kVersion[] = CLUSTERKV_VERSION;
 
 }  // namespace clusterkv::service

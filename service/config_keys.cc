@@ -1,0 +1,211 @@
+#include "service/config_keys.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_join.h"
+#include "gpu/status_macros.h"
+#include "service/size_text.h"
+
+namespace clusterkv::service {
+namespace {
+
+constexpr size_t kFarthestTypingError = 3;  // in edits
+
+ConfigKey TextKey(std::string name, std::string type, std::string help,
+                  std::string Config::*field) {
+  return {std::move(name), std::move(type), std::move(help),
+          [field](Config& config, const std::string& text) {
+            config.*field = text;
+            return absl::OkStatus();
+          },
+          [field](const Config& config) { return config.*field; }};
+}
+
+ConfigKey ChoiceKey(std::string name, std::vector<std::string> choices, std::string help,
+                    std::function<void(Config&, size_t)> set,
+                    std::function<size_t(const Config&)> get) {
+  const std::string type = absl::StrJoin(choices, "|");
+  return {std::move(name), type, std::move(help),
+          [choices, set, type](Config& config, const std::string& text) -> absl::Status {
+            const auto found = std::ranges::find(choices, text);
+            if (found == choices.end()) {
+              return absl::InvalidArgumentError(fmt::format("'{}' is not one of {}", text, type));
+            }
+            set(config, static_cast<size_t>(found - choices.begin()));
+            return absl::OkStatus();
+          },
+          [choices, get](const Config& config) { return choices[get(config)]; }};
+}
+
+ConfigKey SizeKey(std::string name, std::string help, uint64_t Config::*field, std::string zero) {
+  return {std::move(name), "size", std::move(help),
+          [field, zero](Config& config, const std::string& text) -> absl::Status {
+            if (!zero.empty() && text == zero) {
+              config.*field = 0;
+              return absl::OkStatus();
+            }
+            CKV_ASSIGN_OR_RETURN(config.*field, ParseSize(text));
+            return absl::OkStatus();
+          },
+          [field, zero](const Config& config) {
+            return config.*field == 0 && !zero.empty() ? zero : SizeText(config.*field);
+          }};
+}
+
+template <typename T>
+ConfigKey CountKey(std::string name, std::string help, T Config::*field, T low, T high) {
+  return {std::move(name), "number", std::move(help),
+          [field, low, high](Config& config, const std::string& text) -> absl::Status {
+            int64_t value = 0;
+            if (!absl::SimpleAtoi(text, &value) || value < low || value > high) {
+              return absl::InvalidArgumentError(
+                  fmt::format("'{}' is not a number from {} to {}", text, low, high));
+            }
+            config.*field = static_cast<T>(value);
+            return absl::OkStatus();
+          },
+          [field](const Config& config) { return std::to_string(config.*field); }};
+}
+
+ConfigKey DurationKey(std::string name, std::string help, absl::Duration Config::*field) {
+  return {std::move(name), "duration", std::move(help),
+          [field](Config& config, const std::string& text) -> absl::Status {
+            CKV_ASSIGN_OR_RETURN(config.*field, ParseDuration(text));
+            return absl::OkStatus();
+          },
+          [field](const Config& config) { return absl::FormatDuration(config.*field); }};
+}
+
+ConfigKey IdsKey(std::string name, std::string help,
+                 std::optional<std::set<uint32_t>> Config::*field) {
+  return {std::move(name), "ids|any", std::move(help),
+          [field](Config& config, const std::string& text) -> absl::Status {
+            if (text == "any") {
+              config.*field = std::nullopt;
+              return absl::OkStatus();
+            }
+            CKV_ASSIGN_OR_RETURN(config.*field, ParseIdList(text));
+            return absl::OkStatus();
+          },
+          [field](const Config& config) {
+            return config.*field ? fmt::format("{}", fmt::join(*(config.*field), ",")) : "any";
+          }};
+}
+
+std::vector<ConfigKey> AddressKeys() {
+  return {
+      TextKey("listen", "address", "gRPC: unix:PATH (made with mode 0660), or a loopback HOST:PORT",
+              &Config::listen),
+      TextKey(
+          "attach-path", "path",
+          "attach socket; by default the UNIX socket's path with .attach; needed with HOST:PORT",
+          &Config::attach_path),
+      TextKey("admin-listen", "address",
+              "health, metrics and status over HTTP: a loopback HOST:PORT; port 0 picks one",
+              &Config::admin_listen),
+  };
+}
+
+std::vector<ConfigKey> MemoryKeys() {
+  static const std::vector<std::string> backends{"auto", "host", "cuda"};
+  return {
+      SizeKey("host-memory",
+              "pinned host memory for KV, taken in full at start; rounded down to whole chunks",
+              &Config::host_memory_bytes, ""),
+      TextKey("host-memory-dir", "path", "its directory, on tmpfs or hugetlbfs; set to 0700",
+              &Config::host_memory_dir),
+      SizeKey("host-chunk",
+              "piece of it that is lent whole to one session; auto: the power of two at or below "
+              "host-memory / 32, 16mb to 1gb",
+              &Config::host_chunk_bytes, "auto"),
+      ChoiceKey(
+          "backend", backends, "where device work runs; auto: cuda if it is there",
+          [](Config& config, size_t i) { config.backend = backends[i]; },
+          [](const Config& config) {
+            return static_cast<size_t>(std::ranges::find(backends, config.backend) -
+                                       backends.begin());
+          }),
+      SizeKey("gpu-memory", "bound on device memory; 0: none", &Config::gpu_memory_bytes, "0"),
+      CountKey<int>("threads", "of the host backend; 0: all cores", &Config::threads, 0, 1024),
+  };
+}
+
+std::vector<ConfigKey> ClientKeys() {
+  return {
+      IdsKey("allow-uids", "uids that may attach", &Config::allow_uids),
+      IdsKey("allow-gids", "gids that may attach; either list is enough", &Config::allow_gids),
+      CountKey<uint32_t>("max-sessions", "open at the same time", &Config::max_sessions, 1, 65536),
+      CountKey<uint32_t>("max-sequences-per-session", "registered at the same time",
+                         &Config::max_sequences_per_session, 1, 1u << 20),
+      CountKey<uint32_t>("max-arenas-per-session", "rings and buffers",
+                         &Config::max_arenas_per_session, 1, 65536),
+      DurationKey("drain-timeout", "after SIGTERM, before sessions are ended",
+                  &Config::drain_timeout),
+      DurationKey("attach-timeout", "for a new session to attach", &Config::attach_timeout),
+  };
+}
+
+std::vector<ConfigKey> LogKeys() {
+  return {
+      ChoiceKey(
+          "log-level", {"debug", "info", "warning", "error"}, "least severe that is logged",
+          [](Config& config, size_t i) { config.log_level = static_cast<LogLevel>(i); },
+          [](const Config& config) { return static_cast<size_t>(config.log_level); }),
+      ChoiceKey(
+          "log-format", {"text", "json"}, "of the log on stderr",
+          [](Config& config, size_t i) { config.log_format = static_cast<LogFormat>(i); },
+          [](const Config& config) { return static_cast<size_t>(config.log_format); }),
+  };
+}
+
+size_t EditDistance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t changed = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = std::exchange(row[j], std::min({changed, row[j] + 1, row[j - 1] + 1}));
+    }
+  }
+  return row[b.size()];
+}
+
+}  // namespace
+
+const std::vector<ConfigKey>& ConfigKeys() {
+  static const std::vector<ConfigKey> keys = [] {
+    std::vector<ConfigKey> all;
+    for (auto* const group : {&AddressKeys, &MemoryKeys, &ClientKeys, &LogKeys}) {
+      for (ConfigKey& key : (*group)()) all.push_back(std::move(key));
+    }
+    return all;
+  }();
+  return keys;
+}
+
+absl::StatusOr<const ConfigKey*> FindConfigKey(const std::string& name,
+                                               const std::string& written) {
+  const ConfigKey* nearest = nullptr;
+  size_t best = kFarthestTypingError + 1;
+  std::vector<std::string> names;
+  for (const ConfigKey& key : ConfigKeys()) {
+    if (key.name == name) return &key;
+    const size_t distance = EditDistance(key.name, name);
+    if (distance < best) {
+      best = distance;
+      nearest = &key;
+    }
+    names.push_back(key.name);
+  }
+  return absl::InvalidArgumentError(fmt::format(
+      "unknown key '{}'{}; known are {}", written,
+      nearest != nullptr ? fmt::format(", did you mean '{}'?", nearest->name) : std::string(),
+      absl::StrJoin(names, ", ")));
+}
+
+}  // namespace clusterkv::service

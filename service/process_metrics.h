@@ -1,0 +1,17 @@
+// What the daemon's process uses, as the kernel counts it.
+#pragma once
+
+#include <cstdint>
+
+namespace clusterkv::service {
+
+struct ProcessUse {
+  double cpu_seconds = 0;  // user + system
+  uint64_t resident_bytes = 0;
+  uint64_t open_fds = 0;
+};
+
+// What cannot be read stays 0.
+ProcessUse ReadProcessUse();
+
+}  // namespace clusterkv::service
