@@ -30,8 +30,8 @@ struct MethodOptions {
   uint32_t tokens_per_cluster = 80;       // mean cluster size; 1..4096
   uint32_t kmeans_iterations = 10;        // limit; 1..1000
   GroupRule group = GroupRule::kSoftmax;
-  bool center_keys = false;  // subtract the segment's mean key before k-means (RetroInfer)
-  bool estimate = false;     // unselected clusters count by centroid, value mean and size
+  bool center_keys = false;          // subtract the segment's mean key before k-means (RetroInfer)
+  bool estimate = false;             // unselected clusters count by centroid, value mean and size
   uint32_t window_lag_segments = 3;  // decode segments the window may run ahead of publishing
   uint32_t budget_tokens = 1024;     // largest budget of a step; 1..1,048,576
   // Cluster cache of one (layer, KV head); 0 = 4 * budget_tokens + the largest cluster. At least

@@ -83,7 +83,7 @@ struct StateLayout {
   uint64_t centroids;           // dtype [layers][H][max_clusters][head_dim]: mean raw key
   uint64_t value_means;         // dtype [layers][H][max_clusters][head_dim]
   uint64_t sinks;               // row [layers][H][sink_tokens]
-  uint64_t window;              // row [layers][H][window_slots]; position p in slot p % window_slots
+  uint64_t window;              // row [layers][H][window_slots]; position p in p % window_slots
   uint64_t cache;               // row [layers][H][cache_tokens]
   uint64_t slot_of_row;         // u32 [layers][H][max_rows]: cache slot, valid while resident
   uint64_t last_used;           // u32 [layers][H][max_clusters]: step of last use, 0 = not resident
