@@ -6,10 +6,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
-#define CKV_RETURN_IF_ERROR(expression)              \
-  do {                                               \
-    ::absl::Status ckv_status_ = (expression);       \
-    if (!ckv_status_.ok()) return ckv_status_;       \
+#define CKV_RETURN_IF_ERROR(expression)        \
+  do {                                         \
+    ::absl::Status ckv_status_ = (expression); \
+    if (!ckv_status_.ok()) return ckv_status_; \
   } while (false)
 
 #define CKV_CONCAT_INNER_(a, b) a##b
