@@ -42,7 +42,8 @@ enum class FetchMode { kDirect, kServed };
 struct ClientOptions {
   std::string address = "unix:/run/clusterkv/clusterkvd.sock";  // or 127.0.0.1:PORT
   std::string name;                                             // for logs and listings
-  uint64_t ring_bytes = 64ull << 20;  // of the ingest ring; at least 2 tokens of one layer
+  // Of the ingest ring: at least 2 tokens of one layer, for direct sequences of all layers.
+  uint64_t ring_bytes = 64ull << 20;
   absl::Duration rpc_timeout = absl::Seconds(30);
   int device_threads = 0;  // of the host backend's direct fetch; 0 = all cores
 };
@@ -83,7 +84,8 @@ class Sequence {
   // Hands over prompt tokens in pieces that fit the ring, waiting for credits up to `timeout`.
   // Source pointers: token `position` of layer `layer_begin`, with layer, token and head strides.
   // Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (not the next position), RESOURCE_EXHAUSTED
-  // (host pool, or no credit within the timeout), OUT_OF_RANGE (max_tokens).
+  // (host pool, or no credit within the timeout), OUT_OF_RANGE (max_tokens). After
+  // RESOURCE_EXHAUSTED the same range may be passed again: pieces that went over are skipped.
   virtual absl::Status Ingest(const IngestRange& range, const gpu::KvSource& source,
                               absl::Duration timeout = absl::Seconds(60)) = 0;
   // Waits until everything the segment rules allow at `length` tokens is published (first hands
@@ -92,7 +94,8 @@ class Sequence {
                                                   absl::Duration timeout = absl::Seconds(60)) = 0;
   // What is known to be published, without a call.
   virtual Published published() const = 0;
-  // Hits and misses of one layer since registration. Between steps only.
+  // Hits and misses of one layer since registration. Between steps only. Served: as its replies
+  // said; they do not tell hit_tokens, which stays 0.
   virtual gpu::LayerCounters counters(uint32_t layer) const = 0;
   // After the last step. Idempotent.
   virtual absl::Status Release() = 0;
@@ -122,6 +125,8 @@ class DecodeBatch {
   // beyond the last, clusters in falling score. Waits for the stream.
   virtual absl::StatusOr<std::vector<int32_t>> Selection(size_t index) = 0;
   // Waits for the step, reports its errors, hands decoded tokens on to the daemon as they gather.
+  // Every layer must have been attended: else FAILED_PRECONDITION, and the step stays open. After
+  // any other error, or if the batch is destroyed with the step open, its sequences cannot go on.
   virtual absl::Status End() = 0;
 };
 

@@ -67,6 +67,22 @@ const char* ModeText(v1::FetchMode mode) {
   }
 }
 
+Json SessionList(const v1::GetStatusReply& status) {
+  Json sessions = Json::array();
+  for (const v1::SessionInfo& session : status.session_list()) {
+    sessions.push_back({{"session_id", session.session_id()},
+                        {"client_name", session.client_name()},
+                        {"pid", session.pid()},
+                        {"uid", session.uid()},
+                        {"sequences", session.sequences()},
+                        {"host_bytes", session.host_bytes()},
+                        {"gpu_bytes", session.gpu_bytes()},
+                        {"age_seconds", session.age_seconds()},
+                        {"attached", session.attached()}});
+  }
+  return sessions;
+}
+
 double Median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   const size_t middle = values.size() / 2;
@@ -107,7 +123,8 @@ std::string StatusJson(const v1::GetStatusReply& status) {
                      {"used", status.host_bytes().used()},
                      {"reserved", status.host_bytes().reserved()},
                      {"quarantined", status.host_bytes().quarantined()}}},
-                   {"gpu_bytes", {{"used", status.gpu_bytes_used()}}}});
+                   {"gpu_bytes", {{"used", status.gpu_bytes_used()}}},
+                   {"session_list", SessionList(status)}});
 }
 
 std::string StatusTable(const v1::GetStatusReply& status) {
@@ -128,19 +145,7 @@ std::string StatusTable(const v1::GetStatusReply& status) {
 }
 
 std::string SessionsJson(const v1::GetStatusReply& status) {
-  Json sessions = Json::array();
-  for (const v1::SessionInfo& session : status.session_list()) {
-    sessions.push_back({{"session_id", session.session_id()},
-                        {"client_name", session.client_name()},
-                        {"pid", session.pid()},
-                        {"uid", session.uid()},
-                        {"attached", session.attached()},
-                        {"sequences", session.sequences()},
-                        {"host_bytes", session.host_bytes()},
-                        {"gpu_bytes", session.gpu_bytes()},
-                        {"age_seconds", session.age_seconds()}});
-  }
-  return Dump(Json{{"boot_epoch", status.boot_epoch()}, {"sessions", std::move(sessions)}});
+  return Dump(Json{{"boot_epoch", status.boot_epoch()}, {"sessions", SessionList(status)}});
 }
 
 std::string SessionsTable(const v1::GetStatusReply& status) {

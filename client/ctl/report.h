@@ -17,7 +17,7 @@ struct PingTimes {
 
 std::string PingJson(const PingTimes& times);
 std::string PingTable(const PingTimes& times);
-// The same object as the admin port's /status.
+// As the admin port's /status, which also names the device.
 std::string StatusJson(const v1::GetStatusReply& status);
 std::string StatusTable(const v1::GetStatusReply& status);
 std::string SessionsJson(const v1::GetStatusReply& status);
