@@ -2,9 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <cctype>
 #include <cmath>
+#include <string_view>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -13,8 +15,10 @@
 namespace clusterkv::service {
 namespace {
 
+constexpr uint64_t kLargest = (1ull << 63) - 1;
+
 struct Unit {
-  const char* name;
+  std::string_view name;
   int shift;
 };
 constexpr std::array<Unit, 5> kUnits{{{"b", 0}, {"kb", 10}, {"mb", 20}, {"gb", 30}, {"tb", 40}}};
@@ -29,22 +33,26 @@ absl::StatusOr<uint64_t> ParseSize(const std::string& text) {
   std::string unit;
   if (digits != std::string::npos) {
     for (const char c : text.substr(digits)) {
-      if (c != ' ' || !unit.empty()) unit += static_cast<char>(std::tolower(c));
+      if (c != ' ' || !unit.empty())
+        unit += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     }
     if (unit.size() == 3 && unit[1] == 'i') unit.erase(1, 1);
     if (unit == "k" || unit == "m" || unit == "g" || unit == "t") unit += 'b';
   } else {
     unit = "b";
   }
-  double value = 0;
-  if (number.empty() || !absl::SimpleAtod(number, &value)) return bad;
-  for (const Unit& known : kUnits) {
-    if (unit != known.name) continue;
-    const double bytes = std::ldexp(value, known.shift);
-    if (!(bytes < std::ldexp(1.0, 63)) || bytes != std::floor(bytes)) return bad;
-    return static_cast<uint64_t>(bytes);
+  const auto* const known = std::ranges::find(kUnits, unit, &Unit::name);
+  if (known == kUnits.end()) return bad;
+  uint64_t whole = 0;
+  if (absl::SimpleAtoi(number, &whole)) {  // beyond 2^53 a double would lose bytes
+    if (whole > kLargest >> known->shift) return bad;
+    return whole << known->shift;
   }
-  return bad;
+  double value = 0;
+  if (!absl::SimpleAtod(number, &value)) return bad;
+  const double bytes = std::ldexp(value, known->shift);
+  if (!(bytes <= static_cast<double>(kLargest >> 1)) || bytes != std::floor(bytes)) return bad;
+  return static_cast<uint64_t>(bytes);
 }
 
 std::string SizeText(uint64_t bytes) {

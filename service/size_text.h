@@ -11,7 +11,7 @@
 namespace clusterkv::service {
 
 // "0", "4096", "30gb", "1.5GiB", "64 mb": units b, kb, mb, gb, tb, with or without i, all powers of
-// 1024. Errors: INVALID_ARGUMENT that says what is allowed; also beyond 2^63.
+// 1024. Errors: INVALID_ARGUMENT that says what is allowed; also of 2^63 and more.
 absl::StatusOr<uint64_t> ParseSize(const std::string& text);
 // The largest unit that divides it: "64mb".
 std::string SizeText(uint64_t bytes);

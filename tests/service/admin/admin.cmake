@@ -1,0 +1,8 @@
+foreach(NAME config logging metrics size_text status_json)
+  clusterkv_add_test(${NAME}_test ${CMAKE_CURRENT_LIST_DIR}/${NAME}_test.cc)
+  target_link_libraries(${NAME}_test PRIVATE clusterkv_admin nlohmann_json::nlohmann_json)
+endforeach()
+
+clusterkv_add_test(admin_server_test ${CMAKE_CURRENT_LIST_DIR}/admin_server_test.cc)
+target_link_libraries(admin_server_test
+  PRIVATE clusterkv_admin nlohmann_json::nlohmann_json PkgConfig::HTTPLIB)

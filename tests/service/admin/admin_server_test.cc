@@ -1,0 +1,161 @@
+#include "service/admin_server.h"
+
+#include <arpa/inet.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <httplib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/numbers.h"
+#include "absl/time/clock.h"
+#include "gpu/unique_fd.h"
+
+namespace clusterkv::service {
+namespace {
+
+using testing::HasSubstr;
+using testing::StartsWith;
+
+class AdminServerTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto server = AdminServer::Create({.listen = "127.0.0.1:0", .status = [this] {
+                                         DaemonStatus status;
+                                         status.version = "1.2.3";
+                                         status.ready = ready_.load();
+                                         status.not_ready_reason = status.ready ? "" : "draining";
+                                         return status;
+                                       }});
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+    ASSERT_THAT(server_->address(), StartsWith("127.0.0.1:"));
+    ASSERT_TRUE(absl::SimpleAtoi(server_->address().substr(10), &port_));
+    ASSERT_NE(port_, 0);
+  }
+
+  httplib::Result Get(const std::string& path) { return Client().Get(path); }
+  httplib::Client Client() const { return httplib::Client("127.0.0.1", port_); }
+
+  gpu::UniqueFd ConnectRaw() const {
+    gpu::UniqueFd fd(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(static_cast<uint16_t>(port_));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    EXPECT_EQ(connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+    return fd;
+  }
+
+  std::atomic<bool> ready_{true};
+  std::unique_ptr<AdminServer> server_;
+  int port_ = 0;
+};
+
+TEST_F(AdminServerTest, AnswersEveryPath) {
+  for (const char* path : {"/livez", "/readyz", "/startupz"}) {
+    const auto reply = Get(path);
+    ASSERT_TRUE(reply) << path;
+    EXPECT_EQ(reply->status, 200) << path;
+    EXPECT_EQ(reply->body, "ok\n") << path;
+  }
+  EXPECT_EQ(Get("/version")->body, "1.2.3\n");
+  const auto metrics = Get("/metrics");
+  EXPECT_EQ(metrics->status, 200);
+  EXPECT_THAT(metrics->get_header_value("Content-Type"), StartsWith("text/plain; version=0.0.4"));
+  EXPECT_THAT(metrics->body, HasSubstr("\nclusterkv_build_info{"));
+  const auto status = Get("/status");
+  EXPECT_EQ(status->get_header_value("Content-Type"), "application/json");
+  EXPECT_EQ(nlohmann::json::parse(status->body)["version"], "1.2.3");
+}
+
+TEST_F(AdminServerTest, NotReadyIs503WithTheReasonAndStillAlive) {
+  ready_ = false;
+  const auto reply = Get("/readyz");
+  EXPECT_EQ(reply->status, 503);
+  EXPECT_EQ(reply->body, "draining\n");
+  EXPECT_EQ(Get("/livez")->status, 200);
+  EXPECT_EQ(Get("/metrics")->status, 200);
+}
+
+TEST_F(AdminServerTest, RefusesUnknownPathsAndOtherMethods) {
+  const auto unknown = Get("/secrets");
+  EXPECT_EQ(unknown->status, 404);
+  EXPECT_THAT(unknown->body, HasSubstr("/readyz"));
+  for (const char* path : {"/livez", "/status", "/none"}) {
+    const auto post = Client().Post(path, "x", "text/plain");
+    EXPECT_EQ(post->status, 405) << path;
+    EXPECT_EQ(post->get_header_value("Allow"), "GET, HEAD");
+    EXPECT_EQ(Client().Put(path, "x", "text/plain")->status, 405);
+    EXPECT_EQ(Client().Delete(path)->status, 405);
+    EXPECT_EQ(Client().Patch(path, "x", "text/plain")->status, 405);
+    EXPECT_EQ(Client().Options(path)->status, 405);
+  }
+  const auto head = Client().Head("/livez");
+  EXPECT_EQ(head->status, 200);
+  EXPECT_EQ(head->body, "");
+}
+
+TEST_F(AdminServerTest, RefusesLargeRequests) {
+  EXPECT_EQ(Client().Post("/status", std::string(1 << 20, 'x'), "text/plain")->status, 413);
+  EXPECT_EQ(Get("/livez?" + std::string(20'000, 'x'))->status, 414);
+  EXPECT_EQ(Get("/livez")->status, 200);
+}
+
+TEST_F(AdminServerTest, AKeepAliveClientHoldsNoThread) {
+  std::vector<std::unique_ptr<httplib::Client>> clients;
+  for (int i = 0; i < 16; ++i) {
+    clients.push_back(std::make_unique<httplib::Client>("127.0.0.1", port_));
+    clients.back()->set_keep_alive(true);
+    ASSERT_EQ(clients.back()->Get("/livez")->status, 200);
+  }
+  const absl::Time start = absl::Now();
+  EXPECT_EQ(Get("/livez")->status, 200);
+  EXPECT_LT(absl::Now() - start, absl::Seconds(2));
+}
+
+TEST_F(AdminServerTest, RefusesAPortThatIsTaken) {
+  const auto second =
+      AdminServer::Create({.listen = server_->address(), .status = [] { return DaemonStatus{}; }});
+  ASSERT_FALSE(second.ok());
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(second.status().message()), HasSubstr(server_->address()));
+  EXPECT_EQ(Get("/version")->body, "1.2.3\n");
+}
+
+TEST_F(AdminServerTest, RefusesAnAddressWithoutPort) {
+  for (const char* listen : {"127.0.0.1", "", "127.0.0.1:http"}) {
+    const auto server =
+        AdminServer::Create({.listen = listen, .status = [] { return DaemonStatus{}; }});
+    EXPECT_EQ(server.status().code(), absl::StatusCode::kInvalidArgument) << listen;
+  }
+}
+
+TEST_F(AdminServerTest, StopsAtOnceWithIdleAndHalfSentRequestsOpen) {
+  std::vector<gpu::UniqueFd> clients;
+  for (int i = 0; i < 8; ++i) {
+    clients.push_back(ConnectRaw());
+    if (i % 2 == 0) {
+      ASSERT_EQ(send(clients.back().get(), "GET /livez HT", 13, 0), 13);
+    }
+  }
+  const absl::Time start = absl::Now();
+  server_.reset();
+  EXPECT_LT(absl::Now() - start, absl::Seconds(2));
+}
+
+TEST_F(AdminServerTest, StartsAndStopsManyTimesOnOnePort) {
+  const std::string address = server_->address();
+  for (int i = 0; i < 20; ++i) {
+    server_.reset();
+    auto server = AdminServer::Create({.listen = address, .status = [] { return DaemonStatus{}; }});
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+  }
+}
+
+}  // namespace
+}  // namespace clusterkv::service

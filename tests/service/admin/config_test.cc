@@ -1,0 +1,301 @@
+#include "service/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <map>
+
+namespace clusterkv::service {
+namespace {
+
+using testing::AllOf;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+using testing::Optional;
+
+using Words = std::vector<std::string>;
+
+absl::StatusOr<Config> Load(const Words& flags, const Words& environment = {}) {
+  std::vector<const char*> argv{"clusterkvd"};
+  for (const std::string& flag : flags) argv.push_back(flag.c_str());
+  std::vector<const char*> variables;
+  for (const std::string& variable : environment) variables.push_back(variable.c_str());
+  variables.push_back(nullptr);
+  return LoadConfig(static_cast<int>(argv.size()), argv.data(), variables.data());
+}
+
+std::string Message(const absl::StatusOr<Config>& config) {
+  return std::string(config.status().message());
+}
+
+class ConfigFile : public testing::Test {
+ protected:
+  ConfigFile()
+      : path_(std::filesystem::path(testing::TempDir()) /
+              ("clusterkvd_config_" + std::to_string(getpid()) + ".yaml")) {}
+  ~ConfigFile() override { std::filesystem::remove(path_); }
+  std::string Write(const std::string& text) {
+    std::ofstream(path_) << text;
+    return path_.string();
+  }
+
+  const std::filesystem::path path_;
+};
+
+TEST(Config, DefaultsNeedNoFlags) {
+  const auto config = Load({});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->listen, "unix:/run/clusterkv/clusterkvd.sock");
+  EXPECT_EQ(config->attach_socket_path(), "/run/clusterkv/clusterkvd.sock.attach");
+  EXPECT_EQ(config->admin_listen, "127.0.0.1:9464");
+  EXPECT_EQ(config->host_memory_bytes, 2ull << 30);
+  EXPECT_EQ(config->host_memory_dir, "/dev/shm/clusterkv");
+  EXPECT_EQ(config->host_chunk_bytes, 64ull << 20);
+  EXPECT_EQ(config->backend, "auto");
+  EXPECT_EQ(config->gpu_memory_bytes, 0u);
+  EXPECT_EQ(config->threads, 0);
+  EXPECT_THAT(config->allow_uids, Optional(ElementsAre(geteuid())));
+  EXPECT_THAT(config->allow_gids, Optional(IsEmpty()));
+  EXPECT_EQ(config->max_sessions, 64u);
+  EXPECT_EQ(config->max_sequences_per_session, 1024u);
+  EXPECT_EQ(config->max_arenas_per_session, 64u);
+  EXPECT_EQ(config->drain_timeout, absl::Seconds(10));
+  EXPECT_EQ(config->attach_timeout, absl::Seconds(10));
+  EXPECT_EQ(config->log_level, LogLevel::kInfo);
+  EXPECT_EQ(config->log_format, LogFormat::kText);
+  EXPECT_THAT(config->early_output, IsEmpty());
+}
+
+TEST(Config, ReadsEveryKeyFromFlags) {
+  const auto config = Load({"--listen",
+                            "127.0.0.1:0",
+                            "--attach-path=/run/a.sock",
+                            "--admin-listen",
+                            "[::1]:0",
+                            "--host-memory",
+                            "1gb",
+                            "--host-memory-dir=/mnt/huge",
+                            "--host-chunk",
+                            "32mb",
+                            "--backend=host",
+                            "--gpu-memory",
+                            "30gb",
+                            "--threads",
+                            "3",
+                            "--allow-uids",
+                            "any",
+                            "--allow-gids=7,9",
+                            "--max-sessions",
+                            "2",
+                            "--max-sequences-per-session",
+                            "3",
+                            "--max-arenas-per-session",
+                            "4",
+                            "--drain-timeout",
+                            "1m",
+                            "--attach-timeout=500ms",
+                            "--log-level",
+                            "debug",
+                            "--log-format",
+                            "json"});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->listen, "127.0.0.1:0");
+  EXPECT_EQ(config->attach_socket_path(), "/run/a.sock");
+  EXPECT_EQ(config->admin_listen, "[::1]:0");
+  EXPECT_EQ(config->host_memory_bytes, 1ull << 30);
+  EXPECT_EQ(config->host_memory_dir, "/mnt/huge");
+  EXPECT_EQ(config->host_chunk_bytes, 32ull << 20);
+  EXPECT_EQ(config->backend, "host");
+  EXPECT_EQ(config->gpu_memory_bytes, 30ull << 30);
+  EXPECT_EQ(config->threads, 3);
+  EXPECT_EQ(config->allow_uids, std::nullopt);
+  EXPECT_THAT(config->allow_gids, Optional(ElementsAre(7u, 9u)));
+  EXPECT_EQ(config->max_sessions, 2u);
+  EXPECT_EQ(config->max_sequences_per_session, 3u);
+  EXPECT_EQ(config->max_arenas_per_session, 4u);
+  EXPECT_EQ(config->drain_timeout, absl::Minutes(1));
+  EXPECT_EQ(config->attach_timeout, absl::Milliseconds(500));
+  EXPECT_EQ(config->log_level, LogLevel::kDebug);
+  EXPECT_EQ(config->log_format, LogFormat::kJson);
+}
+
+TEST_F(ConfigFile, FlagGoesBeforeEnvironmentBeforeFileBeforeDefault) {
+  const std::string path =
+      Write("host-memory: 1gb\nmax-sessions: 11\nthreads: 1\nlog-format: json\n");
+  const auto config = Load({"--config", path, "--host-memory=3gb"},
+                           {"PATH=/bin", "CLUSTERKV_HOST_MEMORY=2gb", "CLUSTERKV_MAX_SESSIONS=12"});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->host_memory_bytes, 3ull << 30);
+  EXPECT_EQ(config->max_sessions, 12u);
+  EXPECT_EQ(config->threads, 1);
+  EXPECT_EQ(config->log_format, LogFormat::kJson);
+  EXPECT_EQ(config->max_arenas_per_session, 64u);
+}
+
+TEST_F(ConfigFile, IsAlsoNamedByTheEnvironment) {
+  const std::string path = Write("max-sessions: 11\n");
+  EXPECT_EQ(Load({}, {"CLUSTERKV_CONFIG=" + path})->max_sessions, 11u);
+  // The flag names another one.
+  EXPECT_FALSE(Load({"--config", path + ".none"}, {"CLUSTERKV_CONFIG=" + path}).ok());
+}
+
+TEST_F(ConfigFile, MayBeEmpty) { EXPECT_TRUE(Load({"--config", Write("# nothing\n")}).ok()); }
+
+TEST(Config, LeavesTheClientsAndTheTestsVariablesAlone) {
+  EXPECT_TRUE(Load({}, {"CLUSTERKV_ADDRESS=x", "CLUSTERKV_REQUIRE_CUDA=1", "CLUSTERKV_TEST_SEED=3",
+                        "CLUSTERKVD=1", "CLUSTERKV_NO_EQUALS"})
+                  .ok());
+}
+
+struct BadFlags {
+  Words flags;
+  std::string key;      // that the message names
+  std::string allowed;  // what it says besides
+};
+
+TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
+  const std::vector<BadFlags> cases = {
+      {{"--host-memroy", "2gb"}, "--host-memroy", "did you mean 'host-memory'?"},
+      {{"--host_memory", "2gb"}, "--host_memory", "did you mean 'host-memory'?"},
+      {{"--something-else=1"}, "--something-else", "known are listen, attach-path, admin-listen"},
+      {{"--verbose"}, "--verbose", "known are"},
+      {{"host-memory"}, "host-memory", "--key value or --key=value"},
+      {{"-m", "2gb"}, "-m", "--key value or --key=value"},
+      {{"--"}, "'--'", "known are"},
+      {{"--host-memory"}, "--host-memory", "value is missing"},
+      {{"--config"}, "--config", "value is missing"},
+      {{"--listen", "--threads", "2"}, "--listen", "value is missing"},
+      {{"--threads=1", "--threads", "2"}, "--threads", "given twice"},
+      {{"--config=/a", "--config=/b"}, "--config", "given twice"},
+      {{"--config", "/nonexistent/x.yaml"}, "/nonexistent/x.yaml", "config"},
+      {{"--host-memory", "2qb"}, "--host-memory", "kb, mb, gb or tb"},
+      {{"--host-memory", "-2gb"}, "--host-memory", "kb, mb, gb or tb"},
+      {{"--host-memory", ""}, "--host-memory", "kb, mb, gb or tb"},
+      {{"--gpu-memory", "half"}, "--gpu-memory", "kb, mb, gb or tb"},
+      {{"--host-memory", "auto"}, "--host-memory", "kb, mb, gb or tb"},
+      {{"--host-memory", "0"}, "host-memory", "less than one (auto) host-chunk of 16mb"},
+      {{"--host-memory", "8mb"}, "host-memory", "less than one (auto) host-chunk of 16mb"},
+      {{"--host-memory", "64mb", "--host-chunk", "128mb"}, "host-memory", "host-chunk of 128mb"},
+      {{"--host-chunk", "3mb"}, "host-chunk", "multiple of 2mb"},
+      {{"--host-memory-dir", "here"}, "host-memory-dir", "absolute"},
+      {{"--backend", "rocm"}, "--backend", "auto|host|cuda"},
+      {{"--threads", "-1"}, "--threads", "from 0 to 1024"},
+      {{"--threads", "two"}, "--threads", "from 0 to 1024"},
+      {{"--max-sessions", "0"}, "--max-sessions", "from 1 to 65536"},
+      {{"--max-sequences-per-session", "9999999"}, "--max-sequences-per-session", "from 1 to"},
+      {{"--max-arenas-per-session", "0"}, "--max-arenas-per-session", "from 1 to 65536"},
+      {{"--allow-uids", "root"}, "--allow-uids", "write 0,1000"},
+      {{"--allow-gids", "1 2"}, "--allow-gids", "write 0,1000"},
+      {{"--allow-uids", ""}, "allow-uids", "nobody could attach"},
+      {{"--drain-timeout", "10"}, "--drain-timeout", "write 10s"},
+      {{"--attach-timeout", "-1s"}, "--attach-timeout", "write 10s"},
+      {{"--log-level", "loud"}, "--log-level", "debug|info|warning|error"},
+      {{"--log-format", "xml"}, "--log-format", "text|json"},
+      {{"--listen", "0.0.0.0:7000"}, "listen", "loopback"},
+      {{"--listen", "127.evil.example:7000", "--attach-path", "/a"}, "listen", "loopback"},
+      {{"--listen", "127.0.0.1:70000", "--attach-path", "/a"}, "listen", "unix:PATH or HOST:PORT"},
+      {{"--listen", "127.0.0.1:7000"}, "attach-path", "listen '127.0.0.1:7000'"},
+      {{"--listen", "/run/x.sock"}, "listen", "unix:PATH or HOST:PORT"},
+      {{"--listen", "unix:x.sock"}, "listen", "absolute"},
+      {{"--listen", "unix:"}, "listen", "absolute"},
+      {{"--listen", "unix:/" + std::string(120, 'x')}, "listen", "at most 107"},
+      // Only what is derived is too long.
+      {{"--listen", "unix:/" + std::string(104, 'x')}, "attach-path", "at most 107"},
+      {{"--attach-path", "here"}, "attach-path", "absolute"},
+      {{"--listen", "unix:/a", "--attach-path", "/a"}, "attach-path", "listen socket"},
+      {{"--admin-listen", "0.0.0.0:9464"}, "admin-listen", "loopback"},
+      {{"--admin-listen", "9464"}, "admin-listen", "HOST:PORT"},
+      {{"--admin-listen", "127.0.0.1:http"}, "admin-listen", "HOST:PORT"},
+      {{"--admin-listen", "unix:/run/x"}, "admin-listen", "HOST:PORT"},
+  };
+  for (const BadFlags& bad : cases) {
+    const auto config = Load(bad.flags);
+    ASSERT_FALSE(config.ok()) << testing::PrintToString(bad.flags);
+    EXPECT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(Message(config), AllOf(HasSubstr(bad.key), HasSubstr(bad.allowed)))
+        << testing::PrintToString(bad.flags);
+  }
+}
+
+TEST(Config, BadVariablesAreErrorsThatNameThem) {
+  EXPECT_THAT(Message(Load({}, {"CLUSTERKV_HOST_MEMROY=2gb"})),
+              AllOf(HasSubstr("environment"), HasSubstr("CLUSTERKV_HOST_MEMROY"),
+                    HasSubstr("did you mean 'host-memory'?")));
+  EXPECT_THAT(Message(Load({}, {"CLUSTERKV_HOST_MEMORY=much"})),
+              AllOf(HasSubstr("environment"), HasSubstr("CLUSTERKV_HOST_MEMORY"),
+                    HasSubstr("kb, mb, gb or tb")));
+  // Also where a flag would win.
+  EXPECT_FALSE(Load({"--threads=1"}, {"CLUSTERKV_THREADS=x"}).ok());
+}
+
+TEST_F(ConfigFile, BadFilesAreErrorsThatNameFileAndKey) {
+  const std::map<std::string, std::string> cases = {
+      {"host-memroy: 2gb\n", "did you mean 'host-memory'?"},
+      {"host_memory: 2gb\n", "did you mean 'host-memory'?"},
+      {"host-memory: much\n", "host-memory: 'much'"},
+      {"threads: 1\nthreads: 2\n", "threads is given twice"},
+      {"threads: [1, 2]\n", "threads must have one value"},
+      {"threads: {a: 1}\n", "threads must have one value"},
+      {"threads:\n", "threads must have one value"},
+      {"[a, b]: 1\n", "a key is no word"},
+      {"- threads\n", "must map keys to values"},
+      {"just words\n", "must map keys to values"},
+      {"threads: [1\n", "config: "},
+      {"config: /other.yaml\n", "unknown key 'config'"},
+  };
+  for (const auto& [text, message] : cases) {
+    const std::string path = Write(text);
+    const auto config = Load({"--config", path});
+    ASSERT_FALSE(config.ok()) << text;
+    EXPECT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(Message(config), AllOf(HasSubstr(path), HasSubstr(message))) << text;
+  }
+}
+
+TEST(Config, AutoChunkIsAPowerOfTwoWithinBounds) {
+  const std::map<std::string, uint64_t> chunks = {{"64mb", 16ull << 20},
+                                                  {"1gb", 32ull << 20},
+                                                  {"3gb", 64ull << 20},
+                                                  {"100gb", 2ull << 30 >> 1},
+                                                  {"700gb", 1ull << 30}};
+  for (const auto& [memory, chunk] : chunks) {
+    EXPECT_EQ(Load({"--host-memory", memory})->host_chunk_bytes, chunk) << memory;
+  }
+}
+
+TEST(Config, EffectiveConfigSaysThatHostMemoryWasRoundedDown) {
+  const auto config = Load({"--host-memory", "70mb", "--host-chunk", "16mb"});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->host_memory_bytes, 64ull << 20);
+  std::map<std::string, std::string> values;
+  for (const auto& [key, value] : EffectiveConfig(*config)) values[key] = value;
+  EXPECT_EQ(values["host-memory"], "64mb (rounded down from 70mb to whole chunks)");
+}
+
+TEST_F(ConfigFile, EffectiveConfigIsReadBackAsItself) {
+  const auto config = Load({"--allow-uids=any", "--allow-gids=5,6", "--drain-timeout=90s"});
+  std::string yaml;
+  for (const auto& [key, value] : EffectiveConfig(*config)) yaml += key + ": " + value + "\n";
+  const auto again = Load({"--config", Write(yaml)});
+  ASSERT_TRUE(again.ok()) << again.status() << "\n" << yaml;
+  EXPECT_EQ(EffectiveConfig(*again), EffectiveConfig(*config));
+}
+
+TEST(Config, HelpAndVersionComeBeforeEverythingElse) {
+  const auto help = Load({"--threads=x", "--help"});
+  ASSERT_TRUE(help.ok()) << help.status();
+  for (const auto& [key, value] : EffectiveConfig(*Load({}))) {
+    EXPECT_THAT(help->early_output, HasSubstr("--" + key + " "));
+  }
+  EXPECT_THAT(help->early_output, AllOf(HasSubstr("--config "), HasSubstr("[2gb]"),
+                                        HasSubstr("auto|host|cuda"), Not(HasSubstr("\t"))));
+  EXPECT_EQ(Load({"--version"})->early_output, "clusterkvd " CLUSTERKV_VERSION "\n");
+}
+
+}  // namespace
+}  // namespace clusterkv::service
