@@ -113,7 +113,10 @@ absl::StatusOr<Published> SequenceImpl::WaitPublished(uint32_t length, absl::Dur
     return absl::OutOfRangeError(absl::StrCat("sequence ", id(), ": length ", length, " of ",
                                               options_.max_tokens, " max_tokens"));
   }
-  if (KnownPublished(length == 0 ? progress_.tokens() : length)) return link_->published();
+  // Served, the daemon also has to have taken in tokens that no segment needs yet.
+  if (direct() && KnownPublished(length == 0 ? progress_.tokens() : length)) {
+    return link_->published();
+  }
   const Deadline deadline(timeout);
   CKV_RETURN_IF_ERROR(FlushTail(deadline));
   v1::WaitPublishedRequest request;
