@@ -66,7 +66,8 @@ struct Clustering {
   std::vector<float> centroids;              // of length 1, [group][dim][kCentroidGroup]
   std::vector<uint32_t> labels;              // [tiles * points per tile], as are the scores
   std::vector<float> scores;
-  std::vector<size_t> changed;    // labels changed by each assignment task
+  std::vector<uint32_t> grouped;  // [tokens] the labels by which members are grouped
+  std::vector<uint8_t> moved;     // [clusters] lost or won a member by the last grouping
   std::vector<uint32_t> members;  // [tokens] points by cluster, ascending within one
   std::vector<uint32_t> begins;   // [clusters + 1] into members
   std::vector<uint32_t> sizes;    // [*count] after splitting
@@ -142,7 +143,7 @@ class Batch {
   void Pack(Clustering& c, size_t first_tile, size_t end_tile) const;
   void Seed(Clustering& c) const;
   void Assign(Clustering& c, size_t first_tile, size_t end_tile) const;
-  void GroupByLabel(Clustering& c) const;
+  bool GroupByLabel(Clustering& c) const;
   void Reseed(Clustering& c) const;
   void UpdateCentroid(Clustering& c, size_t cluster, Rows& rows, float* sum) const;
   void SetCentroid(Clustering& c, size_t cluster, const float* unit, size_t stride) const;
@@ -191,9 +192,9 @@ void Batch::Run(absl::Span<const ClusterProblem> problems) {
     pool_.ParallelFor(problems.size(), [&](size_t p) {
       Clustering& c = clusterings_[p];
       if (c.done) return;
-      GroupByLabel(c);
-      c.done = last || std::all_of(c.changed.begin(), c.changed.end(),
-                                   [](size_t changed) { return changed == 0; });
+      c.moved.assign(c.clusters, 0);
+      const bool changed = GroupByLabel(c);
+      c.done = last || !changed;
       if (!c.done) Reseed(c);
     });
     tasks = Tasks(kClustersPerTask, clusters);
@@ -201,7 +202,8 @@ void Batch::Run(absl::Span<const ClusterProblem> problems) {
       std::vector<float> sum(dim_);
       Rows rows;
       for (size_t k = tasks[i].begin; k < tasks[i].end; ++k) {
-        UpdateCentroid(clusterings_[tasks[i].problem], k, rows, sum.data());
+        Clustering& c = clusterings_[tasks[i].problem];
+        if (c.moved[k] != 0) UpdateCentroid(c, k, rows, sum.data());
       }
     });
   }
@@ -228,9 +230,9 @@ void Batch::Prepare(const ClusterProblem& problem, Clustering& c) const {
   c.inverse_norms.assign(problem.tokens, 0.0f);
   const size_t groups = (c.clusters + kCentroidGroup - 1) / kCentroidGroup;
   c.centroids.assign(groups * kCentroidGroup * dim_, 0.0f);
-  c.labels.assign(c.tiles * width_, kNoLabel);
-  c.scores.assign(c.tiles * width_, 0.0f);
-  c.changed.assign((c.tiles + kTilesPerTask - 1) / kTilesPerTask, 0);
+  c.labels.resize(c.tiles * width_);
+  c.scores.resize(c.tiles * width_);
+  c.grouped.assign(problem.tokens, kNoLabel);
   c.members.resize(problem.tokens);
   c.mean.clear();
   if (args_.center_keys) SetMean(c);
@@ -305,17 +307,28 @@ void Batch::Assign(Clustering& c, size_t first_tile, size_t end_tile) const {
   args.end_tile = end_tile;
   args.labels = c.labels.data();
   args.scores = c.scores.data();
-  c.changed[first_tile / kTilesPerTask] = HWY_DYNAMIC_DISPATCH(AssignTiles)(args);
+  HWY_DYNAMIC_DISPATCH(AssignTiles)(args);
 }
 
-// A counting sort of the points.
-void Batch::GroupByLabel(Clustering& c) const {
+// A counting sort of the points. Whether a label differs from the last grouping's; the clusters
+// concerned are added to `moved`.
+bool Batch::GroupByLabel(Clustering& c) const {
+  bool changed = false;
   c.begins.assign(c.clusters + 1, 0);
   const size_t tokens = c.problem->tokens;
-  for (size_t t = 0; t < tokens; ++t) ++c.begins[c.labels[t] + 1];
+  for (size_t t = 0; t < tokens; ++t) {
+    const uint32_t label = c.labels[t];
+    ++c.begins[label + 1];
+    if (label == c.grouped[t]) continue;
+    c.moved[label] = 1;
+    if (c.grouped[t] != kNoLabel) c.moved[c.grouped[t]] = 1;
+    c.grouped[t] = label;
+    changed = true;
+  }
   std::partial_sum(c.begins.begin(), c.begins.end(), c.begins.begin());
   std::vector<uint32_t> next(c.begins.begin(), c.begins.end() - 1);
   for (size_t t = 0; t < tokens; ++t) c.members[next[c.labels[t]]++] = static_cast<uint32_t>(t);
+  return changed;
 }
 
 // Gives each empty cluster the point that fits its own cluster worst, of clusters with others.

@@ -49,10 +49,10 @@ HWY_INLINE void KeepBetter(FloatVector score, uint32_t id, FloatVector& best, Id
   best_id = hn::IfThenElse(hn::RebindMask(ids, better), hn::Set(ids, id), best_id);
 }
 
-// Scores of one tile with all centroids; returns how many labels changed.
-HWY_INLINE size_t AssignTile(const float* HWY_RESTRICT points, const float* HWY_RESTRICT centroids,
-                             size_t groups, size_t dim, uint32_t* HWY_RESTRICT labels,
-                             float* HWY_RESTRICT scores) {
+// Scores of one tile with all centroids.
+HWY_INLINE void AssignTile(const float* HWY_RESTRICT points, const float* HWY_RESTRICT centroids,
+                           size_t groups, size_t dim, uint32_t* HWY_RESTRICT labels,
+                           float* HWY_RESTRICT scores) {
   const FloatTag d;
   const IdTag ids;
   const size_t lanes = hn::Lanes(d);
@@ -86,24 +86,17 @@ HWY_INLINE size_t AssignTile(const float* HWY_RESTRICT points, const float* HWY_
     KeepBetter(e0, id + 3, best0, id0), KeepBetter(e1, id + 3, best1, id1);
     KeepBetter(e2, id + 3, best2, id2);
   }
-  size_t changed = hn::CountTrue(ids, hn::Ne(hn::LoadU(ids, labels), id0));
-  changed += hn::CountTrue(ids, hn::Ne(hn::LoadU(ids, labels + lanes), id1));
-  changed += hn::CountTrue(ids, hn::Ne(hn::LoadU(ids, labels + 2 * lanes), id2));
   hn::StoreU(id0, ids, labels), hn::StoreU(best0, d, scores);
   hn::StoreU(id1, ids, labels + lanes), hn::StoreU(best1, d, scores + lanes);
   hn::StoreU(id2, ids, labels + 2 * lanes), hn::StoreU(best2, d, scores + 2 * lanes);
-  return changed;
 }
 
-size_t AssignTiles(const AssignTilesArgs& args) {
+void AssignTiles(const AssignTilesArgs& args) {
   const size_t width = PointsPerTile();
-  size_t changed = 0;
   for (size_t tile = args.first_tile; tile < args.end_tile; ++tile) {
-    changed +=
-        AssignTile(args.points + tile * width * args.dim, args.centroids, args.centroid_groups,
-                   args.dim, args.labels + tile * width, args.scores + tile * width);
+    AssignTile(args.points + tile * width * args.dim, args.centroids, args.centroid_groups,
+               args.dim, args.labels + tile * width, args.scores + tile * width);
   }
-  return changed;
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct AssignTilesArgs {
   size_t dim = 0;
   size_t first_tile = 0;
   size_t end_tile = 0;
-  uint32_t* labels = nullptr;  // [tiles][points per tile]; in: of the previous pass
+  uint32_t* labels = nullptr;  // [tiles][points per tile]; of equal scores the lowest
   float* scores = nullptr;     // [tiles][points per tile]; of the label's centroid
 };
 
