@@ -1,0 +1,51 @@
+"""The wire as an outsider sees it: stubs made from proto/, at import, into a temporary folder.
+
+`wire.v1` holds every message, enum and stub of package clusterkv.v1.
+"""
+
+import atexit
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import types
+
+from grpc_tools import protoc
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PARTS = ("session", "sequence", "status", "attach", "clusterkv")
+# Tells child processes where the stubs lie, so that they need not make their own.
+STUBS_VARIABLE = "CLUSTERKV_TEST_STUBS"
+
+
+def _generate():
+    """Runs protoc over proto/; returns the folder that holds the stubs."""
+    given = os.environ.get(STUBS_VARIABLE)
+    if given and os.path.isdir(given):
+        return given
+    folder = tempfile.mkdtemp(prefix="ckv-stubs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    proto = ROOT / "proto"
+    code = protoc.main(["protoc", f"-I{proto}", f"--python_out={folder}",
+                        f"--grpc_python_out={folder}",
+                        *(f"{proto}/clusterkv/v1/{part}.proto" for part in PARTS)])
+    if code != 0:
+        raise RuntimeError(f"protoc failed with {code}")
+    os.environ[STUBS_VARIABLE] = folder
+    return folder
+
+
+def _load():
+    sys.path.insert(0, _generate())
+    names = {}
+    for part in PARTS:
+        module = __import__(f"clusterkv.v1.{part}_pb2", fromlist=["*"])
+        names.update({name: value for name, value in vars(module).items()
+                      if not name.startswith("_")})
+    services = __import__("clusterkv.v1.clusterkv_pb2_grpc", fromlist=["*"])
+    names["ClusterKvStub"] = services.ClusterKvStub
+    return types.SimpleNamespace(**names)
+
+
+v1 = _load()
