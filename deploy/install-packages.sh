@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Installs the Debian 12 packages that a build needs, if any of them is missing.
+#
+#   deploy/install-packages.sh           to build and run
+#   deploy/install-packages.sh --tests   also what tests/run.sh needs
+#
+# Root, or sudo. Touches no network when nothing is missing.
+set -euo pipefail
+
+packages=(
+  # Tools.
+  g++ cmake ninja-build pkgconf ccache
+  # Protocol.
+  libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc libabsl-dev
+  # Device layer, configuration, logs, metrics, health.
+  libhwy-dev libyaml-cpp-dev libfmt-dev libspdlog-dev nlohmann-json3-dev libcli11-dev
+  prometheus-cpp-dev libcpp-httplib-dev
+  # The presets configure the tests too.
+  libgtest-dev libgmock-dev
+)
+test_packages=(git clang-format clang-tidy python3 python3-venv)
+
+case ${1-} in
+  "") ;;
+  --tests) packages+=("${test_packages[@]}") ;;
+  *)
+    echo "usage: deploy/install-packages.sh [--tests]" >&2
+    exit 2
+    ;;
+esac
+
+if ! command -v apt-get >/dev/null; then
+  echo "install-packages: this is no Debian; it needs the likes of: ${packages[*]}" >&2
+  exit 3
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+  state=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null || true)
+  [[ $state == "install ok installed" ]] || missing+=("$package")
+done
+((${#missing[@]})) || exit 0
+
+as_root=()
+if ((EUID != 0)); then
+  if ! command -v sudo >/dev/null; then
+    echo "install-packages: not root and no sudo; install: ${missing[*]}" >&2
+    exit 3
+  fi
+  as_root=(sudo)
+fi
+echo "installing ${missing[*]}" >&2
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -qq
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
