@@ -69,7 +69,7 @@ class Kv:
         return encoded(np.stack([self.k[layers, tokens], self.v[layers, tokens]], axis=1),
                        self.dtype)
 
-    def fetch_item(self, sequence_id, position, layer, **changed):
+    def fetch_item(self, sequence_id, position, layer, /, **changed):
         """A FetchItem with everything inline."""
         tensors = {name: v1.TensorRef(inline=encoded(values[layer, position], self.dtype))
                    for name, values in (("q", self.q), ("k", self.k), ("v", self.v))}
