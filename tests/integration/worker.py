@@ -83,7 +83,7 @@ class Worker:
         self.rings = {}
         self.published, self.failed, self.draining = {}, {}, None
         self.stream_error = None  # grpc.RpcError, or "closed"
-        self.attach_over = False
+        self.attach_over, self.rejected = False, None
         self.next_register_key = 1
         self.attach_socket = None
         self._requests = queue.SimpleQueue()
@@ -179,6 +179,8 @@ class Worker:
             if index in self.chunks:
                 self.chunks.pop(index).close()
                 self.attach_socket.send(chunk_unmapped=v1.ChunkUnmapped(chunk_index=index))
+        elif kind == "rejected":
+            self.rejected = event.rejected
         else:
             raise AssertionError(f"an event of an unknown kind: {event}")
 
