@@ -62,6 +62,11 @@ class Kv:
         self.q = rounded(sought[None, :, None] + 0.5 * rng.standard_normal(
             (shape.layers, tokens, shape.q_heads, shape.head_dim)), self.dtype)
 
+    def token_bytes(self):
+        """Of K and V of one token, all layers."""
+        shape = self.shape
+        return shape.layers * shape.kv_heads * shape.head_dim * 2 * ELEMENT_BYTES[self.dtype]
+
     def pack(self, layer_begin, layer_count, position, count):
         """[layer][K, V][token][kv_head][head_dim], as bytes."""
         layers = slice(layer_begin, layer_begin + layer_count)

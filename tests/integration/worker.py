@@ -37,7 +37,6 @@ class Ring:
         self.arena_id, self.memory, self.size = arena_id, memory, len(memory)
         self.lent = []  # (offset, bytes) in the order of lending
         self.head = 0
-        self.waited = 0  # times that the ring was full
 
     def find(self, size):
         """Offset for `size` bytes, or None. A range never wraps."""
@@ -233,7 +232,6 @@ class Worker:
             return offset is not None or self.stream_error
         with self.changed:
             if not found():
-                ring.waited += 1
                 assert self.changed.wait_for(found, CALL_SECONDS), "no credit comes back"
             assert offset is not None, f"the session is over: {self.stream_error}"
             ring.lend(offset, len(data))
