@@ -140,7 +140,7 @@ class ServiceRun {
       CKV_RETURN_IF_ERROR(Synchronize(step));
       return batch_->Begin();
     }
-    for (size_t i = 0; i < sequences_.size(); ++i) cuts_before_.push_back(Cut(i));
+    for (const auto& sequence : sequences_) cuts_before_.push_back(sequence->published().cut);
     const absl::Status status = batch_->Begin();
     if (status.code() != absl::StatusCode::kResourceExhausted) return status;
     // A window is full: the daemon is behind, and once it has caught up the step can begin.
@@ -152,8 +152,6 @@ class ServiceRun {
     }
     return batch_->Begin();
   }
-
-  uint32_t Cut(size_t sequence) const { return sequences_[sequence]->published().cut; }
 
   absl::Status RunStep(uint32_t step) {
     const gpu::Shape& shape = trace_.shape();
@@ -242,10 +240,11 @@ class ServiceRun {
   }
 
   // The cut that a step saw while publishing went on. A choice below the budget took all
-  // candidates; otherwise it is what was published before the step, unless the choice goes beyond
-  // it. A segment published just then of which nothing was chosen goes unnoticed.
+  // candidates; otherwise it is what was known to be published before the step, or the first of the
+  // schedule's cuts that the choice lies below. A segment published just then of which nothing was
+  // chosen goes unnoticed.
   uint32_t ObservedCut(size_t sequence, const StepRange& range) const {
-    uint32_t cut = cuts_before_[sequence];
+    uint32_t beyond_last = cuts_before_[sequence];
     for (uint32_t layer = 0; layer < trace_.shape().layers; ++layer) {
       for (uint32_t head = 0; head < trace_.shape().kv_heads; ++head) {
         const absl::Span<const int32_t> chosen = Chosen(sequence, layer, head);
@@ -253,10 +252,13 @@ class ServiceRun {
           return range.sinks + static_cast<uint32_t>(chosen.size());
         }
         const int32_t last = *std::max_element(chosen.begin(), chosen.end());
-        if (last >= static_cast<int64_t>(cut)) cut = Cut(sequence);
+        beyond_last = std::max(beyond_last, static_cast<uint32_t>(last) + 1);
       }
     }
-    return cut;
+    const auto below = [](const StepRange& scheduled, uint32_t end) { return scheduled.cut < end; };
+    const auto found =
+        std::lower_bound(options_.ranges.begin(), options_.ranges.end(), beyond_last, below);
+    return found == options_.ranges.end() ? range.cut : found->cut;
   }
 
   void MeasureStep(uint32_t step) {
