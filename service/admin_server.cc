@@ -24,7 +24,6 @@ constexpr char kText[] = "text/plain; charset=utf-8";
 constexpr char kPrometheus[] = "text/plain; version=0.0.4; charset=utf-8";
 constexpr char kJson[] = "application/json";
 constexpr size_t kThreads = 4;
-constexpr size_t kMaxPayloadBytes = 4096;
 constexpr int kTimeoutSeconds = 5;
 constexpr auto kStartPoll = std::chrono::milliseconds(1);
 constexpr auto kStopPoll = std::chrono::milliseconds(20);
@@ -114,7 +113,6 @@ class AdminServerImpl : public AdminServer {
   // What one client may take.
   void Bound() {
     server_.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
-    server_.set_payload_max_length(kMaxPayloadBytes);
     server_.set_read_timeout(kTimeoutSeconds, 0);
     server_.set_write_timeout(kTimeoutSeconds, 0);
     // A connection holds one of the few threads as long as it lives.
@@ -153,17 +151,18 @@ class AdminServerImpl : public AdminServer {
     });
   }
 
+  // Before routing, so that no body is read.
   void RefuseOtherMethods() {
-    const auto refuse = [](const httplib::Request&, httplib::Response& response) {
-      response.status = 405;
-      response.set_header("Allow", "GET, HEAD");
-      response.set_content("only GET and HEAD\n", kText);
-    };
-    server_.Post(".*", refuse);
-    server_.Put(".*", refuse);
-    server_.Delete(".*", refuse);
-    server_.Patch(".*", refuse);
-    server_.Options(".*", refuse);
+    server_.set_pre_routing_handler(
+        [](const httplib::Request& request, httplib::Response& response) {
+          if (request.method == "GET" || request.method == "HEAD") {
+            return httplib::Server::HandlerResponse::Unhandled;
+          }
+          response.status = 405;
+          response.set_header("Allow", "GET, HEAD");
+          response.set_content("only GET and HEAD\n", kText);
+          return httplib::Server::HandlerResponse::Handled;
+        });
   }
 
   const AdminOptions options_;

@@ -203,8 +203,8 @@ absl::StatusOr<const ConfigKey*> FindConfigKey(const std::string& name,
     names.push_back(key.name);
   }
   return absl::InvalidArgumentError(fmt::format(
-      "unknown key '{}'{}; known are {}", written,
-      nearest != nullptr ? fmt::format(", did you mean '{}'?", nearest->name) : std::string(),
+      "unknown key '{}'{} Known are {}", written,
+      nearest != nullptr ? fmt::format("; did you mean '{}'?", nearest->name) : std::string("."),
       absl::StrJoin(names, ", ")));
 }
 
