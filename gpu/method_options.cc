@@ -47,7 +47,7 @@ MethodOptions DefaultPreset() {
   method.sink_tokens = 16;
   method.min_window_tokens = 64;
   method.decode_segment_tokens = 320;
-  method.prompt_segment_tokens = 8192;
+  method.prompt_segment_tokens = 4096;
   method.tokens_per_cluster = 16;
   method.kmeans_iterations = 10;
   method.group = GroupRule::kSoftmax;

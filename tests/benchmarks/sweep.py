@@ -7,11 +7,12 @@ Starts from a base (preset "default" unless --base says otherwise) and varies on
 time, and tokens_per_cluster together with min_window; --grid full tries every combination. Each
 setting is replayed by clusterkv-replay at every budget.
 
-Settings are ranked by error at equal host bytes: a setting's (host bytes per step, output error)
-over the budgets is a curve; it is read, in logarithms, where the base's budgets lie, and compared
-with the base's error there. The figure is the geometric mean of these ratios over budgets and
-traces: 0.9 means a tenth less error for the same bytes read from the host store. Window and sinks
-cost no host bytes, so look at the window column beside it.
+Settings are ranked by output error times host bytes per step, at the same budget, as a ratio to the
+base's: the geometric mean over budgets and traces. 0.9 with an error of 1.0 means the same error for
+a tenth less read from the host store. Error and bytes stand beside it, since a smaller product may
+hide a larger error. (A curve of error over bytes, read at equal bytes, does not serve: with a cache of
+some budgets the bytes hardly depend on the budget.) Window and sinks cost no host bytes: look at the
+window's column too.
 
 Needs only Python's standard library. --results keeps what has been run, so that a sweep can go on
 where it stopped. Exit codes: 0 ok, 1 a replay failed, 2 usage.
@@ -116,32 +117,22 @@ def text(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def error_at(rows, host_bytes):
-    """The output error at so many host bytes per step, between or beyond the budgets' points."""
-    points = sorted((math.log(max(row["host_bytes_per_step"], 1.0)),
-                     math.log(max(row["output_error"], 1e-12))) for row in rows.values())
-    if len(points) == 1:
-        return math.exp(points[0][1])
-    x = math.log(max(host_bytes, 1.0))
-    right = next((i for i, point in enumerate(points) if point[0] >= x), len(points) - 1)
-    (x0, y0), (x1, y1) = points[max(right, 1) - 1], points[max(right, 1)]
-    return math.exp(y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0))
-
-
-def relative_error(rows, base_rows):
-    """Mean logarithm of the error ratio to the base at the base's host bytes."""
-    logs = [math.log(error_at(rows, base["host_bytes_per_step"]) / max(base["output_error"], 1e-12))
-            for base in base_rows.values()]
-    return sum(logs) / len(logs)
+def ratio(measure, per_trace, base_per_trace):
+    """A measure relative to the base's: geometric mean over traces and budgets."""
+    logs = [math.log(max(rows[budget][measure], 1e-12) / max(base[budget][measure], 1e-12))
+            for rows, base in zip(per_trace, base_per_trace) for budget in base]
+    return math.exp(sum(logs) / len(logs))
 
 
 def summarize(settings, per_trace, base_per_trace):
     """One line of the table."""
-    logs = [relative_error(rows, base) for rows, base in zip(per_trace, base_per_trace)]
+    error = ratio("output_error", per_trace, base_per_trace)
+    host_bytes = ratio("host_bytes_per_step", per_trace, base_per_trace)
     budgets = sorted(per_trace[0])
     mean = {name: sum(rows[b][name] for rows in per_trace for b in budgets)
             / (len(per_trace) * len(budgets)) for name in MEASURES}
-    return {"settings": settings, "relative": math.exp(sum(logs) / len(logs)), "mean": mean,
+    return {"settings": settings, "relative": error * host_bytes, "error": error,
+            "host_bytes": host_bytes, "mean": mean,
             "errors": [sum(rows[b]["output_error"] for rows in per_trace) / len(per_trace)
                        for b in budgets]}
 
@@ -177,17 +168,20 @@ def markdown(options, lines, base):
         "# Sweep of the method's parameters", "",
         f"Traces: {traces}; {steps}, {options.mode} fetch, seed {options.seed}.",
         f"Base: preset `{options.base}` ({preset}).", "",
-        "`relative` is the output error at the base's host bytes per step, as a ratio to the "
-        "base's (geometric mean over budgets and traces; `sweep.py` says how). The other figures "
-        "are means over traces, layers and, where no budget is named, budgets.", "",
-        "| relative | setting | " + " | ".join(f"error at {b}" for b in budgets)
+        "`error` and `bytes` are the output error and the bytes read from the host store per step, as "
+        "ratios to the base's at the same budget (geometric means over budgets and traces); `product` "
+        "is theirs. The other figures are means over traces, layers and, where no budget is named, "
+        "budgets.", "",
+        "| product | error | bytes | setting | "
+        + " | ".join(f"error at {b}" for b in budgets)
         + " | mass | recall | hit rate | host KiB/step | window |",
-        "|---:|---|" + "---:|" * (len(budgets) + 5),
+        "|---:|---:|---:|---|" + "---:|" * (len(budgets) + 5),
     ]
     for line in lines:
         mean = line["mean"]
         errors = " | ".join(f"{error:.4f}" for error in line["errors"])
-        out.append(f"| {line['relative']:.3f} | {name_of(line['settings'])} | {errors} | "
+        out.append(f"| {line['relative']:.3f} | {line['error']:.3f} | {line['host_bytes']:.3f} | "
+                   f"{name_of(line['settings'])} | {errors} | "
                    f"{mean['mass']:.4f} | {mean['recall']:.3f} | {mean['hit_rate']:.3f} | "
                    f"{mean['host_bytes_per_step'] / 1024:.1f} | "
                    f"{mean['window_tokens_mean']:.0f} |")

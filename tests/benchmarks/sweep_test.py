@@ -53,13 +53,13 @@ class SweepTest(unittest.TestCase):
     def runs(self):
         return os.path.getsize(self.path("trace"))
 
-    def test_ranks_by_error_at_equal_bytes(self):
+    def test_ranks_by_error_times_bytes(self):
         self.assertEqual(self.run_sweep("--axes", "group,estimate")[0], 0)
         with open(self.path("out.md"), encoding="utf-8") as table:
             rows = [line for line in table if line.startswith("| ")][1:]
         self.assertEqual(len(rows), 4)  # the base, mean, max, estimate
         self.assertIn("group max", rows[-1])
-        self.assertTrue(rows[-1].startswith(f"| {math.sqrt(2):.3f} |"))
+        self.assertTrue(rows[-1].startswith("| 2.000 | 1.000 | 2.000 |"))
         self.assertTrue(rows[0].startswith("| 1.000 |"))
 
     def test_goes_on_where_it_stopped(self):
@@ -73,11 +73,11 @@ class SweepTest(unittest.TestCase):
         self.assertEqual(code, 1)
         self.assertIn("kmeans_iterations", errors)
 
-    def test_reads_the_curve_between_and_beyond_its_points(self):
-        rows = {b: {"output_error": 1 / b, "host_bytes_per_step": b} for b in (10, 100, 1000)}
-        for host_bytes in (1, 10, 30, 500, 5000):
-            self.assertAlmostEqual(sweep.error_at(rows, host_bytes), 1 / host_bytes)
-        self.assertAlmostEqual(sweep.error_at({1: rows[10]}, 77), 0.1)
+    def test_takes_geometric_means(self):
+        base = {1: {"output_error": 0.1}, 2: {"output_error": 0.2}}
+        rows = {1: {"output_error": 0.4}, 2: {"output_error": 0.2}}
+        self.assertAlmostEqual(sweep.ratio("output_error", [rows], [base]), 2.0)
+        self.assertAlmostEqual(sweep.ratio("output_error", [rows, base], [base, base]), 2 ** 0.5)
 
     def test_full_grid_has_every_combination_once(self):
         base = {"tokens_per_cluster": 16, "group": "softmax", "center_keys": True,
