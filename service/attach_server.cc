@@ -25,6 +25,7 @@
 #include "service/core.h"
 #include "service/logging.h"
 #include "service/packet_socket.h"
+#include "service/socket_lock.h"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77  // Linux 6.5
@@ -91,9 +92,11 @@ struct Peer {
 
 class AttachServerImpl : public AttachServer {
  public:
-  AttachServerImpl(const AttachOptions& options, ServiceCore& core, gpu::UniqueFd listener)
+  AttachServerImpl(const AttachOptions& options, ServiceCore& core, gpu::UniqueFd lock,
+                   gpu::UniqueFd listener)
       : options_(options),
         core_(core),
+        lock_(std::move(lock)),
         listener_(std::move(listener)),
         epoll_(epoll_create1(EPOLL_CLOEXEC)),
         mailbox_(std::make_shared<Mailbox>()) {
@@ -359,6 +362,7 @@ class AttachServerImpl : public AttachServer {
 
   const AttachOptions options_;
   ServiceCore& core_;
+  gpu::UniqueFd lock_;  // released after the socket has been removed
   gpu::UniqueFd listener_;
   gpu::UniqueFd epoll_;
   std::shared_ptr<Mailbox> mailbox_;
@@ -417,9 +421,10 @@ std::shared_ptr<AttachSink> AttachServerImpl::MakeSink(uint64_t peer) {
 
 absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Create(const AttachOptions& options,
                                                                    ServiceCore& core) {
+  CKV_ASSIGN_OR_RETURN(gpu::UniqueFd lock, LockSocketPath("attach-path", options.path));
   CKV_ASSIGN_OR_RETURN(gpu::UniqueFd listener, ListenPackets(options.path));
   return std::unique_ptr<AttachServer>(
-      std::make_unique<AttachServerImpl>(options, core, std::move(listener)));
+      std::make_unique<AttachServerImpl>(options, core, std::move(lock), std::move(listener)));
 }
 
 }  // namespace clusterkv::service

@@ -31,7 +31,8 @@ struct AttachOptions {
 
 class AttachServer {
  public:
-  // The core must outlive it. Errors: what errno says, naming the path.
+  // The core must outlive it. Errors: FAILED_PRECONDITION (another daemon has the path), what errno
+  // says, naming the path.
   static absl::StatusOr<std::unique_ptr<AttachServer>> Create(const AttachOptions& options,
                                                               ServiceCore& core);
   // Closes all connections and removes the socket.

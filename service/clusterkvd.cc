@@ -100,7 +100,6 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .max_arenas_per_session = config.max_arenas_per_session,
                                       .attach_timeout = config.attach_timeout},
                                      std::move(device), std::move(pool)));
-  // The gRPC server first: its lock says that the attach path beside it is ours too.
   CKV_ASSIGN_OR_RETURN(auto grpc,
                        GrpcServer::Create(config.listen, config.attach_socket_path(), *core));
   CKV_ASSIGN_OR_RETURN(

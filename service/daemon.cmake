@@ -5,10 +5,15 @@ add_library(clusterkv_rpc STATIC
   ${CMAKE_CURRENT_LIST_DIR}/rpc/cluster_kv_service.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/convert.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/grpc_server.cc
-  ${CMAKE_CURRENT_LIST_DIR}/rpc/session_reactor.cc)
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/session_reactor.cc
+  ${CMAKE_CURRENT_LIST_DIR}/socket_lock.cc)
 target_link_libraries(clusterkv_rpc
   PUBLIC clusterkv::service clusterkv::proto
   PRIVATE clusterkv_warnings ${GRPCPP_REFLECTION_LIBRARY})
+# clusterkv.proto has a service and no message, so that nothing else keeps its descriptor in the
+# program, and reflection could name the service but not describe it.
+target_link_options(clusterkv_rpc INTERFACE
+  "LINKER:--undefined=descriptor_table_clusterkv_2fv1_2fclusterkv_2eproto")
 
 add_executable(clusterkvd ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc)
 target_link_libraries(clusterkvd PRIVATE clusterkv_rpc clusterkv_admin clusterkv_warnings)

@@ -1,46 +1,27 @@
 #include "service/rpc/grpc_server.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <filesystem>
 #include <mutex>
 #include <utility>
 
 #include "gpu/status_macros.h"
 #include "gpu/unique_fd.h"
 #include "service/rpc/cluster_kv_service.h"
+#include "service/socket_lock.h"
 
 namespace clusterkv::service {
 namespace {
 
 constexpr char kUnixPrefix[] = "unix:";
 constexpr int kMaxMessageBytes = 4 << 20;
-
-// A second daemon would steal the path silently, and the first's exit would delete the second's.
-absl::StatusOr<gpu::UniqueFd> LockSocket(const std::string& path) {
-  std::error_code ignored;
-  std::filesystem::create_directories(std::filesystem::path(path).parent_path(), ignored);
-  const std::string lock_path = path + ".lock";
-  gpu::UniqueFd lock(open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0660));
-  if (!lock.valid()) {
-    return absl::UnavailableError(
-        fmt::format("listen: cannot open {}: {}", lock_path, std::string(strerror(errno))));
-  }
-  if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
-    return absl::FailedPreconditionError(
-        fmt::format("listen: another daemon serves {} (it holds {})", path, lock_path));
-  }
-  return lock;
-}
 
 class GrpcServerImpl : public GrpcServer {
  public:
@@ -52,7 +33,7 @@ class GrpcServerImpl : public GrpcServer {
     const bool local = listen.starts_with(kUnixPrefix);
     if (local) {
       const std::string path = listen.substr(sizeof(kUnixPrefix) - 1);
-      CKV_ASSIGN_OR_RETURN(lock_, LockSocket(path));
+      CKV_ASSIGN_OR_RETURN(lock_, LockSocketPath("listen", path));
       unlink(path.c_str());
     }
     grpc::EnableDefaultHealthCheckService(true);
