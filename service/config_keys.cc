@@ -25,9 +25,9 @@ ConfigKey TextKey(std::string name, std::string type, std::string help,
           [field](const Config& config) { return config.*field; }};
 }
 
-ConfigKey ChoiceKey(std::string name, std::vector<std::string> choices, std::string help,
-                    std::function<void(Config&, size_t)> set,
-                    std::function<size_t(const Config&)> get) {
+ConfigKey ChoiceKey(std::string name, const std::vector<std::string>& choices, std::string help,
+                    const std::function<void(Config&, size_t)>& set,
+                    const std::function<size_t(const Config&)>& get) {
   const std::string type = absl::StrJoin(choices, "|");
   return {std::move(name), type, std::move(help),
           [choices, set, type](Config& config, const std::string& text) -> absl::Status {
@@ -41,7 +41,8 @@ ConfigKey ChoiceKey(std::string name, std::vector<std::string> choices, std::str
           [choices, get](const Config& config) { return choices[get(config)]; }};
 }
 
-ConfigKey SizeKey(std::string name, std::string help, uint64_t Config::*field, std::string zero) {
+ConfigKey SizeKey(std::string name, std::string help, uint64_t Config::*field,
+                  const std::string& zero) {
   return {std::move(name), "size", std::move(help),
           [field, zero](Config& config, const std::string& text) -> absl::Status {
             if (!zero.empty() && text == zero) {
