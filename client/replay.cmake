@@ -14,6 +14,7 @@ add_library(clusterkv_replay STATIC
   ${REPLAY_DIR}/ranking.cc
   ${REPLAY_DIR}/report.cc
   ${REPLAY_DIR}/safetensors.cc
+  ${REPLAY_DIR}/scratch_directory.cc
   ${REPLAY_DIR}/service_run.cc
   ${REPLAY_DIR}/service_totals.cc
   ${REPLAY_DIR}/step_attention.cc

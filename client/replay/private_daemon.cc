@@ -71,19 +71,17 @@ absl::StatusOr<std::unique_ptr<PrivateDaemon>> PrivateDaemon::Start(
 PrivateDaemon::~PrivateDaemon() {
   Stop().IgnoreError();
   if (stdout_fd_ >= 0) close(stdout_fd_);
-  std::error_code error;
-  if (!directory_.empty()) fs::remove_all(directory_, error);
 }
 
 absl::Status PrivateDaemon::Launch(const PrivateDaemonOptions& options) {
-  std::string pattern = TemporaryBase(options.host_memory_bytes) + "/clusterkv-replay-XXXXXX";
-  if (mkdtemp(pattern.data()) == nullptr) return absl::ErrnoToStatus(errno, pattern);
-  directory_ = pattern;
-  address_ = absl::StrCat("unix:", directory_, "/clusterkvd.sock");
-  log_path_ = directory_ + "/clusterkvd.log";
+  CKV_ASSIGN_OR_RETURN(directory_,
+                       ScratchDirectory::Create(TemporaryBase(options.host_memory_bytes)));
+  const std::string& directory = directory_->path();
+  address_ = absl::StrCat("unix:", directory, "/clusterkvd.sock");
+  log_path_ = directory + "/clusterkvd.log";
   gpu::UniqueFd log(open(log_path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
   int ends[2];
-  if (!log.valid() || pipe2(ends, O_CLOEXEC) != 0) return absl::ErrnoToStatus(errno, directory_);
+  if (!log.valid() || pipe2(ends, O_CLOEXEC) != 0) return absl::ErrnoToStatus(errno, directory);
   stdout_fd_ = ends[0];
   gpu::UniqueFd write_end(ends[1]);
   const uint64_t megabytes = (options.host_memory_bytes + kMegabyte - 1) / kMegabyte;
@@ -96,7 +94,7 @@ absl::Status PrivateDaemon::Launch(const PrivateDaemonOptions& options) {
                      "--host-memory",
                      absl::StrCat(megabytes, "mb"),
                      "--host-memory-dir",
-                     directory_ + "/host",
+                     directory + "/host",
                      "--backend",
                      options.backend};
   child.stdout_fd = write_end.get();

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "client/replay/child_process.h"
+#include "client/replay/scratch_directory.h"
 #include "client/replay/trace.h"
 
 namespace clusterkv::client::replay {
@@ -41,7 +42,7 @@ class PrivateDaemon {
   absl::Status DiedBeforeReady();
   std::string LogTail() const;
 
-  std::string directory_;
+  std::unique_ptr<ScratchDirectory> directory_;
   std::string address_;
   std::string log_path_;
   int stdout_fd_ = -1;  // stays open: a daemon without a reader would die of SIGPIPE
