@@ -100,10 +100,13 @@ void ServiceCore::EndAllSessions() {
 
 void ServiceCore::Stop() {
   EndAllSessions();
-  // Each queue finishes what it has; what it posts back reaches the core, which ends last.
+  core_.Drain();  // no call finds a session any more, so no new work reaches the other queues
   stage_.Stop();
   serve_.Stop();
   if (scheduler_) scheduler_->Stop();
+  // What was in flight answers its callers, then frees its memory on the memory thread.
+  memory_.Drain();
+  core_.Drain();
   memory_.Stop();
   core_.Stop();
 }

@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <future>
+#include <memory>
 #include <utility>
 
 namespace clusterkv::service {
@@ -30,6 +32,18 @@ void TaskQueue::Post(Task task) {
     tasks_.push_back(std::move(task));
   }
   wake_.notify_one();
+}
+
+void TaskQueue::Drain() {
+  // Shared: the thread may still be in set_value when the waiter has gone on.
+  const auto reached = std::make_shared<std::promise<void>>();
+  {
+    std::lock_guard lock(mu_);
+    if (stopping_) return;
+    tasks_.push_back([reached] { reached->set_value(); });
+  }
+  wake_.notify_one();
+  reached->get_future().wait();
 }
 
 void TaskQueue::Stop() {

@@ -24,6 +24,8 @@ class TaskQueue {
   // For completions of work that was admitted before, so that their number is bounded already.
   // Dropped after Stop.
   void Post(Task task);
+  // Waits until what was queued before has run; returns at once if stopped. Not on its own thread.
+  void Drain();
   // Runs what is queued, then joins. Idempotent.
   void Stop();
 
