@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 
 #include "gpu/status_macros.h"
 
@@ -43,30 +42,29 @@ void SessionMemory::RemoveReservation(double chunks) {
     pool_.Unreserve(reserved_chunks_ - reserved);
     reserved_chunks_ = reserved;
   }
-  for (auto next = chunks_.begin(); next != chunks_.end();) {
-    const auto current = next++;
-    if (!current->second.quarantined && allocator_.chunk_empty(current->first)) {
-      Revoke(current->first);
-    }
+  for (const auto& [index, chunk] : chunks_) {
+    if (Needed()) break;
+    if (!chunk.quarantined && allocator_.chunk_empty(index)) Revoke(index);
   }
 }
 
 absl::StatusOr<Extent> SessionMemory::Allocate(uint64_t bytes) {
   if (auto extent = allocator_.Allocate(bytes)) return *extent;
-  if (bytes > pool_.chunk_bytes()) {
+  if (bytes > pool_.chunk_bytes() || ExtentAllocator::RoundUp(bytes) > pool_.chunk_bytes()) {
     return absl::ResourceExhaustedError(fmt::format(
         "host-chunk: {} bytes do not fit a chunk of {} bytes", bytes, pool_.chunk_bytes()));
   }
-  if (next_chunk_ == kMaxChunksOfSession) {
+  if (given_up_.empty() && next_chunk_ == kMaxChunksOfSession) {
     return absl::ResourceExhaustedError(
-        fmt::format("the session has been lent {} chunks, the most there can be", next_chunk_));
+        fmt::format("the session holds {} chunks, the most there can be", chunks_.size()));
   }
   const bool from_reserve = reserved_chunks_ > 0;
   CKV_ASSIGN_OR_RETURN(
       const PoolChunk pool_chunk,
       pool_.Lend(from_reserve ? HostPool::Source::kReserved : HostPool::Source::kFree));
   if (from_reserve) --reserved_chunks_;
-  const uint32_t chunk = next_chunk_++;
+  const uint32_t chunk = given_up_.empty() ? next_chunk_++ : *given_up_.begin();
+  given_up_.erase(chunk);
   chunks_[chunk] = Chunk{.pool_chunk = pool_chunk};
   ++lent_;
   allocator_.AddChunk(chunk, pool_.chunk_bytes());
@@ -76,17 +74,18 @@ absl::StatusOr<Extent> SessionMemory::Allocate(uint64_t bytes) {
 
 void SessionMemory::Free(const Extent& extent) {
   allocator_.Free(extent);
-  const bool needed = std::ceil(needed_chunks_ - 1e-6) >= static_cast<double>(lent_);
-  if (!needed && allocator_.chunk_empty(extent.chunk)) Revoke(extent.chunk);
+  if (!Needed() && allocator_.chunk_empty(extent.chunk)) Revoke(extent.chunk);
 }
 
 std::byte* SessionMemory::data(const Extent& extent) const {
   return chunk_data(extent.chunk) + extent.offset;
 }
 
+bool SessionMemory::Needed() const {
+  return std::ceil(needed_chunks_ - 1e-6) >= static_cast<double>(lent_);
+}
+
 void SessionMemory::Revoke(uint32_t chunk) {
-  const bool needed = std::ceil(needed_chunks_ - 1e-6) >= static_cast<double>(lent_);
-  if (needed) return;  // a live sequence may still want it
   Chunk& revoked = chunks_.at(chunk);
   allocator_.RemoveChunk(chunk);
   revoked.quarantined = true;
@@ -111,6 +110,7 @@ absl::Status SessionMemory::ConfirmUnmapped(uint32_t chunk) {
   }
   const PoolChunk pool_chunk = found->second.pool_chunk;
   chunks_.erase(found);
+  given_up_.insert(chunk);
   events_.OnChunkReturned(pool_chunk);
   return absl::OkStatus();
 }

@@ -1,6 +1,6 @@
 // The host memory of one session: the chunks it was lent, and the extents in them.
 //
-// Chunks are numbered within the session in the order of lending; a number is never used again.
+// Chunks are numbered within the session; a number is used again once the worker has given it up.
 // A chunk is granted to the worker when it is lent (if the worker maps host memory at all), counts
 // as mapped once the worker says so, and is revoked when no extent is left in it and no reservation
 // needs it.
@@ -8,7 +8,7 @@
 
 #include <cstdint>
 #include <map>
-#include <vector>
+#include <set>
 
 #include "absl/status/statusor.h"
 #include "service/extent_allocator.h"
@@ -49,7 +49,6 @@ class SessionMemory {
   absl::Status ConfirmMapped(uint32_t chunk);
   absl::Status ConfirmUnmapped(uint32_t chunk);
   bool mapped(uint32_t chunk) const;
-  uint32_t chunk_limit() const { return next_chunk_; }
 
   // The session is over: no extent is in use. Chunks the worker may still have mapped stay in
   // quarantine until ReleaseAll.
@@ -68,13 +67,15 @@ class SessionMemory {
   };
 
   uint32_t ReservedChunks(double needed) const;
+  bool Needed() const;  // all that is lent
   void Revoke(uint32_t chunk);
 
   HostPool& pool_;
   ChunkEvents& events_;
   ExtentAllocator allocator_;
   std::map<uint32_t, Chunk> chunks_;
-  uint32_t next_chunk_ = 0;
+  std::set<uint32_t> given_up_;  // numbers to use again
+  uint32_t next_chunk_ = 0;      // never used yet
   uint32_t lent_ = 0;
   double needed_chunks_ = 0;
   uint32_t reserved_chunks_ = 0;  // max(0, ceil(needed) - lent), held in the pool
