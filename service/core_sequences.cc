@@ -98,7 +98,7 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
   }
   const double chunks = PieceTable::ChunksNeeded(
       request.shape, method,
-      request.reserve_tokens > 0 ? request.reserve_tokens : request.max_tokens,
+      request.reserve_tokens > 0 ? request.reserve_tokens : request.max_tokens, request.max_tokens,
       pool_->chunk_bytes());
   if (absl::Status full = session.memory->AddReservation(chunks); !full.ok()) {
     GiveGpuBytes(session, layout->total_bytes);

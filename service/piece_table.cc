@@ -38,7 +38,7 @@ uint64_t PieceTable::LargestExtentBytes(const gpu::Shape& shape, const gpu::Meth
 }
 
 double PieceTable::ChunksNeeded(const gpu::Shape& shape, const gpu::MethodOptions& method,
-                                uint32_t tokens, uint64_t chunk_bytes) {
+                                uint32_t tokens, uint32_t max_tokens, uint64_t chunk_bytes) {
   if (tokens <= method.sink_tokens) return 0;
   const uint32_t rest = tokens - method.sink_tokens;
   // Chunks that `count` tokens take in pieces of `length`, with what is left over at chunk ends.
@@ -48,8 +48,10 @@ double PieceTable::ChunksNeeded(const gpu::Shape& shape, const gpu::MethodOption
     const auto pieces = static_cast<double>((count + length - 1) / length);
     return pieces * static_cast<double>(shape.problems()) / per_chunk;
   };
-  const uint32_t prompt_piece = std::min(method.prompt_segment_tokens, rest);
-  const uint32_t decode_piece = std::min(method.decode_segment_tokens, rest);
+  // Pieces are made whole, however few of their tokens come.
+  const uint32_t longest = max_tokens - method.sink_tokens;
+  const uint32_t prompt_piece = std::min(method.prompt_segment_tokens, longest);
+  const uint32_t decode_piece = std::min(method.decode_segment_tokens, longest);
   // Either kind may fill the sequence; the window's tokens lie twice for a moment.
   return std::max(chunks(prompt_piece, rest), chunks(decode_piece, rest)) +
          chunks(decode_piece, std::min(rest, method.min_window_tokens + decode_piece));

@@ -48,9 +48,9 @@ class PieceTable {
   PieceTable(SessionMemory& memory, const gpu::Shape& shape, const gpu::MethodOptions& method,
              uint32_t max_tokens);
 
-  // Host memory for a sequence of `tokens`, in chunks of the pool.
+  // Host memory for the first `tokens` of a sequence of max_tokens, in chunks of the pool.
   static double ChunksNeeded(const gpu::Shape& shape, const gpu::MethodOptions& method,
-                             uint32_t tokens, uint64_t chunk_bytes);
+                             uint32_t tokens, uint32_t max_tokens, uint64_t chunk_bytes);
   // Of the largest extent there can be.
   static uint64_t LargestExtentBytes(const gpu::Shape& shape, const gpu::MethodOptions& method,
                                      uint32_t max_tokens);
