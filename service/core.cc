@@ -308,7 +308,8 @@ void ServiceCore::Tick() {
         continue;
       }
       for (auto& [sequence_id, sequence] : session->sequences) {
-        if (!sequence->served() && !sequence->releasing) SampleCounters(*sequence);
+        if (sequence->served() || sequence->releasing || sequence->sampling) continue;
+        SampleCounters(*sequence);
       }
     }
     for (Session* session : late) {

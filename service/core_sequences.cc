@@ -272,6 +272,7 @@ SequenceStatus ServiceCore::Describe(const Sequence& sequence) const {
 // The copy runs on the memory thread: on a GPU it must not hold up the core.
 void ServiceCore::SampleCounters(Sequence& sequence) {
   if (sequence.state == nullptr) return;
+  sequence.sampling = true;
   ++sequence.in_flight;
   memory_.Post([this, &sequence] {
     auto sampled = std::make_shared<std::vector<gpu::LayerCounters>>(sequence.layout.layers);
@@ -282,6 +283,7 @@ void ServiceCore::SampleCounters(Sequence& sequence) {
     if (status.ok()) status = finished;
     core_.Post([this, &sequence, sampled, status] {
       --sequence.in_flight;
+      sequence.sampling = false;
       if (status.ok()) FoldCounters(sequence, *sampled);
       MaybeFinishRelease(sequence);
       PublishStatus();
@@ -289,7 +291,8 @@ void ServiceCore::SampleCounters(Sequence& sequence) {
   });
 }
 
-// A worker can write its counters: one that falls or leaps is ignored, so that ours never fall.
+// A worker can write its counters: one that falls or leaps is ignored, and no total goes beyond a
+// ceiling, so that ours, and sums of two of ours, never fall.
 void ServiceCore::FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled) {
   CacheCounters& total = sequence.served() ? counters_.served : counters_.direct;
   const uint64_t row_bytes = sequence.layout.row_bytes();
@@ -298,18 +301,22 @@ void ServiceCore::FoldCounters(Sequence& sequence, const std::vector<gpu::LayerC
     if (now < before || now - before > kLeap) return uint64_t{0};
     return now - std::exchange(before, now);
   };
+  const auto add = [](uint64_t& sum, uint64_t amount) {
+    constexpr uint64_t kCeiling = 1ull << 62;
+    sum += std::min(amount, kCeiling - sum);
+  };
   for (size_t layer = 0; layer < sampled.size(); ++layer) {
     const gpu::LayerCounters& now = sampled[layer];
     gpu::LayerCounters& before = sequence.counters[layer];
-    total.hit_clusters += fold(now.hit_clusters, before.hit_clusters);
-    total.missed_clusters += fold(now.missed_clusters, before.missed_clusters);
+    add(total.hit_clusters, fold(now.hit_clusters, before.hit_clusters));
+    add(total.missed_clusters, fold(now.missed_clusters, before.missed_clusters));
     const uint64_t hit_tokens = fold(now.hit_tokens, before.hit_tokens);
     const uint64_t missed_tokens = fold(now.missed_tokens, before.missed_tokens);
-    total.hit_tokens += hit_tokens;
-    total.missed_tokens += missed_tokens;
-    total.hit_bytes += hit_tokens * row_bytes;
-    total.missed_bytes += missed_tokens * row_bytes;
-    total.gathered_bytes += fold(now.gathered_bytes, before.gathered_bytes);
+    add(total.hit_tokens, hit_tokens);
+    add(total.missed_tokens, missed_tokens);
+    add(total.hit_bytes, hit_tokens * row_bytes);
+    add(total.missed_bytes, missed_tokens * row_bytes);
+    add(total.gathered_bytes, fold(now.gathered_bytes, before.gathered_bytes));
   }
 }
 

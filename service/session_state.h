@@ -87,6 +87,7 @@ struct Sequence {
 
   ServedStep step;
   std::vector<gpu::LayerCounters> counters;  // as last sampled
+  bool sampling = false;                     // a sample is on its way
 
   absl::Status failure;
   uint32_t in_flight = 0;  // pieces of device work that use its memory
