@@ -15,6 +15,7 @@ namespace {
 
 constexpr uint32_t kProtocolVersion = 1;
 constexpr size_t kMaxNameBytes = 128;
+constexpr size_t kMaxLayoutVersions = 64;
 constexpr uint32_t kMaxWorldSize = 1024;
 constexpr size_t kTokenBytes = 16;
 constexpr size_t kQueueCapacity = 65536;
@@ -36,6 +37,11 @@ absl::Status CheckHello(const HelloInfo& hello) {
     return absl::FailedPreconditionError(
         fmt::format("protocol versions {} to {} offered, this daemon speaks {}",
                     hello.protocol_version_min, hello.protocol_version_max, kProtocolVersion));
+  }
+  if (hello.state_layout_versions.size() > kMaxLayoutVersions) {
+    return absl::InvalidArgumentError(fmt::format("{} state layout versions offered, at most {}",
+                                                  hello.state_layout_versions.size(),
+                                                  kMaxLayoutVersions));
   }
   if (std::ranges::find(hello.state_layout_versions, gpu::kStateLayoutVersion) ==
       hello.state_layout_versions.end()) {
@@ -283,15 +289,13 @@ void ServiceCore::FinishEnd(Session& session) {
   session.memory->QuarantineAll();
   if (session.worker_gone || !session.was_attached) session.memory->ReleaseAll();
   RecycleReturned(session);
-  if (session.memory->holds_nothing()) Forget(session);
+  session.chunk_table.reset();
+  if (session.memory->holds_nothing()) {
+    LogInfo("session freed", {{"session", session.id}});
+    sessions_.erase(session.id);
+  }
   PublishStatus();
-}
-
-void ServiceCore::Forget(Session& session) {
-  LogInfo("session freed", {{"session", session.id}});
-  sessions_.erase(session.id);
-  if (draining_ && idle_ &&
-      std::ranges::all_of(sessions_, [](auto& s) { return s.second->over; })) {
+  if (idle_ && std::ranges::all_of(sessions_, [](auto& s) { return s.second->over; })) {
     std::exchange(idle_, nullptr)();
   }
 }

@@ -84,7 +84,8 @@ class ServiceCore {
   // --- Life -----------------------------------------------------------------------------------
   // Housekeeping, once a second: attach timeouts, counters of direct sequences.
   void Tick();
-  // Refuses new work and tells every session. `idle` is called once no session is left.
+  // Refuses new work and tells every session. `idle` is called once all sessions are over and
+  // nothing of theirs is in flight; workers may still have host memory mapped.
   void Drain(absl::Duration timeout, std::function<void()> idle);
   // The latest snapshot; cheap, waits for no other thread's work. Thread-safe.
   DaemonStatus status() const;
@@ -113,7 +114,6 @@ class ServiceCore {
   Sequence* SequenceById(SessionId session, SequenceId id);
   void End(Session& session, const absl::Status& why);
   void FinishEnd(Session& session);
-  void Forget(Session& session);
 
   // core_memory.cc
   absl::Status TakeGpuBytes(Session& session, uint64_t bytes);

@@ -312,7 +312,7 @@ void ServiceCore::FinishServe(std::shared_ptr<ServeWork> work, absl::Status stat
     }
     FoldCounters(sequence, item.all_counters);
     results.push_back(std::move(item.result));
-    if (sequence.releasing || item.repeated) continue;
+    if (sequence.releasing || !sequence.failure.ok() || item.repeated) continue;
     const uint32_t before = sequence.arrived();
     LayerProgress& layer = sequence.layers[work->request.layer];
     layer.arrived = layer.accepted;
