@@ -15,7 +15,7 @@ namespace {
 class GrpcSessionCall final : public SessionCall {
  public:
   GrpcSessionCall(v1::ClusterKv::Stub& stub, const std::string& address)
-      : what_(absl::StrCat("Session with ", address)), stream_(stub.Session(&context_)) {}
+      : what_(absl::StrCat("Session with ", address)), stream_(Open(stub, context_)) {}
 
   bool Write(const v1::SessionRequest& request) override { return stream_->Write(request); }
   bool Read(v1::SessionEvent* event) override { return stream_->Read(event); }
@@ -24,9 +24,18 @@ class GrpcSessionCall final : public SessionCall {
   void Cancel() override { context_.TryCancel(); }
 
  private:
+  using Stream = grpc::ClientReaderWriter<v1::SessionRequest, v1::SessionEvent>;
+
+  // Metadata goes with the first write: sent by itself it would wait here for the connection, and
+  // with a wedged daemon that takes 20 s.
+  static std::unique_ptr<Stream> Open(v1::ClusterKv::Stub& stub, grpc::ClientContext& context) {
+    context.set_initial_metadata_corked(true);
+    return stub.Session(&context);
+  }
+
   const std::string what_;
   grpc::ClientContext context_;
-  const std::unique_ptr<grpc::ClientReaderWriter<v1::SessionRequest, v1::SessionEvent>> stream_;
+  const std::unique_ptr<Stream> stream_;
 };
 
 // Outputs of a served step and selections come inline: the default limit of 4 MiB is for requests.

@@ -22,9 +22,9 @@ absl::StatusOr<std::unique_ptr<SessionStream>> SessionStream::Open(
   std::unique_ptr<SessionStream> stream(new SessionStream(std::move(call), listener));
   v1::SessionRequest request;
   *request.mutable_hello() = hello;
-  // A failed write shows as the end of the reads, which knows why.
-  stream->call_->Write(request);
-  stream->thread_ = std::thread([raw = stream.get()] { raw->Run(); });
+  // On the thread, too: a write waits for the connection, which a wedged daemon never completes.
+  stream->thread_ =
+      std::thread([raw = stream.get(), request = std::move(request)] { raw->Run(request); });
   pthread_setname_np(stream->thread_.native_handle(), "ckv-session");
 
   std::unique_lock lock(stream->mutex_);
@@ -76,7 +76,9 @@ bool SessionStream::ReadWelcome() {
   return true;
 }
 
-void SessionStream::Run() {
+void SessionStream::Run(const v1::SessionRequest& hello) {
+  // A failed write shows as the end of the reads, which knows why.
+  call_->Write(hello);
   const bool welcomed = ReadWelcome();
   v1::SessionEvent event;
   while (welcomed && call_->Read(&event)) listener_.OnEvent(event);

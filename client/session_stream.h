@@ -49,7 +49,7 @@ class SessionStream {
  private:
   SessionStream(std::unique_ptr<SessionCall> call, SessionListener& listener)
       : call_(std::move(call)), listener_(listener) {}
-  void Run();
+  void Run(const v1::SessionRequest& hello);
   bool ReadWelcome();
 
   const std::unique_ptr<SessionCall> call_;
