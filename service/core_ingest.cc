@@ -111,8 +111,8 @@ absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
   const uint32_t furthest =
       std::ranges::max_element(sequence.layers, {}, &LayerProgress::accepted)->accepted;
   if (request.end_of_prompt && end < furthest) {
-    return absl::FailedPreconditionError(fmt::format(
-        "end_of_prompt at {}, but another layer has {} tokens already", end, furthest));
+    return absl::FailedPreconditionError(
+        fmt::format("end_of_prompt at {}, but another layer has {} tokens already", end, furthest));
   }
   return absl::OkStatus();
 }
