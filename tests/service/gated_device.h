@@ -1,0 +1,101 @@
+// The host device, whose staging and k-means wait at a gate or fail when a test says so.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "gpu/cluster_ops.h"
+#include "gpu/device.h"
+
+namespace clusterkv::service {
+
+// Thread-safe. Open at first.
+class Gate {
+ public:
+  void Close() {
+    std::lock_guard lock(mu_);
+    open_ = false;
+  }
+  void Open() {
+    {
+      std::lock_guard lock(mu_);
+      open_ = true;
+    }
+    changed_.notify_all();
+  }
+  void Pass() {
+    std::unique_lock lock(mu_);
+    ++waiting_;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return open_; });
+    --waiting_;
+  }
+  // Until somebody waits at the closed gate.
+  void AwaitArrival() {
+    std::unique_lock lock(mu_);
+    changed_.wait(lock, [this] { return waiting_ > 0; });
+  }
+
+ private:
+  std::mutex mu_;
+  std::condition_variable changed_;  // with mu_
+  bool open_ = true;                 // guarded by mu_
+  int waiting_ = 0;                  // guarded by mu_
+};
+
+class GatedDevice : public gpu::Device, private gpu::ClusterOps {
+ public:
+  explicit GatedDevice(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}
+
+  Gate stage, cluster;
+  std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
+
+  const std::string& backend() const override { return device_->backend(); }
+  const std::string& description() const override { return device_->description(); }
+  absl::StatusOr<std::unique_ptr<gpu::Stream>> CreateStream(const std::string& name) override {
+    return device_->CreateStream(name);
+  }
+  absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> Allocate(size_t bytes) override {
+    return device_->Allocate(bytes);
+  }
+  absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> AllocateShared(size_t bytes) override {
+    if (fail_shared) return absl::ResourceExhaustedError("no shared memory");
+    return device_->AllocateShared(bytes);
+  }
+  absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> Import(gpu::UniqueFd fd,
+                                                            size_t bytes) override {
+    return device_->Import(std::move(fd), bytes);
+  }
+  gpu::DecodeOps& decode_ops() override { return device_->decode_ops(); }
+  gpu::ClusterOps& cluster_ops() override { return *this; }
+
+ private:
+  absl::Status Initialize(gpu::Stream& stream, std::byte* state, const gpu::StateLayout& layout,
+                          uint32_t generation) override {
+    return device_->cluster_ops().Initialize(stream, state, layout, generation);
+  }
+  absl::Status Stage(gpu::Stream& stream, gpu::StageArgs args) override {
+    stage.Pass();
+    if (fail_stage) return absl::InternalError("staging failed");
+    return device_->cluster_ops().Stage(stream, std::move(args));
+  }
+  absl::Status Cluster(gpu::Stream& stream, gpu::ClusterArgs args) override {
+    cluster.Pass();
+    if (fail_cluster) return absl::InternalError("k-means failed");
+    return device_->cluster_ops().Cluster(stream, std::move(args));
+  }
+  absl::Status Permute(gpu::Stream& stream, gpu::PermuteArgs args) override {
+    return device_->cluster_ops().Permute(stream, std::move(args));
+  }
+  absl::Status Publish(gpu::Stream& stream, gpu::PublishArgs args) override {
+    return device_->cluster_ops().Publish(stream, std::move(args));
+  }
+
+  const std::unique_ptr<gpu::Device> device_;
+};
+
+}  // namespace clusterkv::service

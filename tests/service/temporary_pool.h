@@ -1,0 +1,55 @@
+// A HostPool in a directory of its own that goes with it.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "service/host_pool.h"
+
+namespace clusterkv::service {
+
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    std::string pattern = testing::TempDir() + "clusterkv-XXXXXX";
+    if (mkdtemp(pattern.data()) == nullptr) std::abort();
+    path_ = pattern;
+  }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+class TemporaryPool {
+ public:
+  TemporaryPool(uint32_t chunks, uint64_t chunk_bytes) {
+    auto pool = HostPool::Create({.directory = directory_.path(),
+                                  .total_bytes = chunks * chunk_bytes,
+                                  .chunk_bytes = chunk_bytes});
+    if (!pool.ok()) std::abort();
+    pool_ = *std::move(pool);
+  }
+
+  HostPool& operator*() const { return *pool_; }
+  HostPool* operator->() const { return pool_.get(); }
+  // The pool alone; the directory stays.
+  std::unique_ptr<HostPool> Take() { return std::move(pool_); }
+
+ private:
+  TemporaryDirectory directory_;
+  std::unique_ptr<HostPool> pool_;
+};
+
+}  // namespace clusterkv::service
