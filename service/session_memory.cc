@@ -99,6 +99,9 @@ absl::Status SessionMemory::ConfirmMapped(uint32_t chunk) {
   if (found == chunks_.end()) {
     return absl::InvalidArgumentError(fmt::format("chunk {} was not granted", chunk));
   }
+  if (found->second.mapped) {
+    return absl::InvalidArgumentError(fmt::format("chunk {} is mapped already", chunk));
+  }
   found->second.mapped = true;
   return absl::OkStatus();
 }

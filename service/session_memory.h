@@ -44,8 +44,8 @@ class SessionMemory {
   std::byte* data(const Extent& extent) const;
   std::byte* chunk_data(uint32_t chunk) const { return pool_.data(chunks_.at(chunk).pool_chunk); }
 
-  // The worker's word. Errors: INVALID_ARGUMENT for a chunk that it was not granted or has not
-  // been asked to give up.
+  // The worker's word, once for each chunk, so that it cannot flood us. Errors: INVALID_ARGUMENT
+  // for a chunk that it was not granted, has mapped already, or has not been asked to give up.
   absl::Status ConfirmMapped(uint32_t chunk);
   absl::Status ConfirmUnmapped(uint32_t chunk);
   bool mapped(uint32_t chunk) const;

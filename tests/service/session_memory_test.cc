@@ -154,6 +154,7 @@ TEST_F(SessionMemoryTest, BelievesOnlyWhatCanBe) {
   EXPECT_EQ(used(), 1u);
   memory_.Free(extent);
   EXPECT_TRUE(memory_.ConfirmMapped(extent.chunk).ok());  // its word crossed ours
+  EXPECT_EQ(memory_.ConfirmMapped(extent.chunk).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_TRUE(memory_.ConfirmUnmapped(extent.chunk).ok());
   EXPECT_EQ(memory_.ConfirmUnmapped(extent.chunk).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(chunks_.returned.size(), 1u);
