@@ -120,7 +120,8 @@ class Replay {
     if (!options_.connect.empty()) return RunWorkers(options_, exact);
     PrivateDaemonOptions daemon_options;
     daemon_options.backend = options_.backend;
-    daemon_options.host_memory_bytes = HostMemoryFor(trace_, options_.workers, options_.sequences);
+    daemon_options.memory =
+        HostMemoryFor(trace_, options_.method, options_.workers, options_.sequences);
     CKV_ASSIGN_OR_RETURN(const std::unique_ptr<PrivateDaemon> daemon,
                          PrivateDaemon::Start(daemon_options));
     ReplayOptions connected = options_;

@@ -18,8 +18,9 @@ namespace {
 
 constexpr size_t kMaxBudgets = 64;
 constexpr uint32_t kMaxBudgetTokens = 1'048'576;
-constexpr uint32_t kMaxProcesses = 256;
-constexpr uint32_t kMaxSequences = 4096;
+// As many as a daemon takes: sessions, and sequences of one.
+constexpr uint32_t kMaxProcesses = 64;
+constexpr uint32_t kMaxSequences = 1024;
 
 // As typed, before it means anything.
 struct RawOptions {

@@ -25,10 +25,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kMegabyte = 1'000'000;
-constexpr uint64_t kLeastHostBytes = 256 * kMegabyte;
-// Each session is lent whole chunks; a generous one of them may be partly empty.
-constexpr uint64_t kWorkerHostBytes = 128 * kMegabyte;
+constexpr uint64_t kMegabyte = 1ull << 20;  // as clusterkvd reads "mb"
+constexpr uint64_t kLargestChunkBytes = 1ull << 30;
+// The daemon packs segments of one KV head into chunks: eight to a chunk waste an eighth at most.
+constexpr uint64_t kSegmentsPerChunk = 8;
+// Beside the rows of a segment of one KV head: a 4-byte position for each, and alignment.
+constexpr uint64_t kPositionBytes = 4;
+constexpr uint64_t kSegmentBytes = 512;
 constexpr absl::Duration kStopTimeout = absl::Seconds(60);
 constexpr size_t kTailBytes = 2000;
 
@@ -37,12 +40,12 @@ std::string TemporaryBase(uint64_t bytes) {
   const std::string memory = "/dev/shm";
   struct statvfs room = {};
   if (access(memory.c_str(), W_OK) == 0 && statvfs(memory.c_str(), &room) == 0 &&
-      room.f_bavail * room.f_frsize > bytes + kLeastHostBytes) {
+      room.f_bavail * room.f_frsize > bytes + bytes / 8) {
     return memory;
   }
   std::error_code error;
   const fs::path base = fs::temp_directory_path(error);
-  return error ? "/tmp" : base.string();
+  return error ? "/tmp" : fs::absolute(base).string();
 }
 
 std::string DaemonProgram(const std::string& wanted) {
@@ -53,12 +56,33 @@ std::string DaemonProgram(const std::string& wanted) {
 
 }  // namespace
 
-uint64_t HostMemoryFor(const Trace& trace, uint32_t workers, uint32_t sequences) {
-  // A position of 4 bytes beside each row.
-  const uint64_t token_bytes = trace.shape().token_bytes() + 4 * trace.shape().problems();
-  const uint64_t sequence_bytes = trace.tokens() * token_bytes;
-  const uint64_t bytes = workers * (sequences * sequence_bytes / 2 * 3 + kWorkerHostBytes);
-  return std::max(bytes, kLeastHostBytes);
+HostMemory HostMemoryFor(const Trace& trace, const gpu::MethodOptions& method, uint32_t workers,
+                         uint32_t sequences) {
+  const uint64_t tokens = trace.tokens();
+  const auto segment_bytes = [&](uint64_t length) {
+    return length * (trace.shape().row_bytes() + kPositionBytes) + kSegmentBytes;
+  };
+  // Of all (layer, KV head) pairs; segments take their full length however few tokens come.
+  const auto bytes = [&](uint64_t count, uint64_t longest) {
+    const uint64_t length = std::min(longest, tokens);
+    return (count + length - 1) / length * segment_bytes(length) * trace.shape().problems();
+  };
+  const uint64_t window = uint64_t{method.min_window_tokens} + method.decode_segment_tokens;
+  // Prompt or decode segments may fill the sequence; what leaves the window lies twice for a time.
+  const uint64_t sequence_bytes = std::max(bytes(tokens, method.prompt_segment_tokens),
+                                           bytes(tokens, method.decode_segment_tokens)) +
+                                  bytes(std::min(tokens, window), method.decode_segment_tokens);
+  const uint64_t longest = std::min<uint64_t>(
+      tokens, std::max(method.prompt_segment_tokens, method.decode_segment_tokens));
+  HostMemory memory;
+  while (memory.chunk_bytes < kSegmentsPerChunk * segment_bytes(longest) &&
+         memory.chunk_bytes < kLargestChunkBytes) {
+    memory.chunk_bytes *= 2;
+  }
+  const uint64_t wanted = workers * (sequences * sequence_bytes / 4 * 5 + 2 * memory.chunk_bytes);
+  const uint64_t chunks = (wanted + memory.chunk_bytes - 1) / memory.chunk_bytes;
+  memory.total_bytes = std::max(memory.total_bytes, chunks * memory.chunk_bytes);
+  return memory;
 }
 
 absl::StatusOr<std::unique_ptr<PrivateDaemon>> PrivateDaemon::Start(
@@ -75,7 +99,7 @@ PrivateDaemon::~PrivateDaemon() {
 
 absl::Status PrivateDaemon::Launch(const PrivateDaemonOptions& options) {
   CKV_ASSIGN_OR_RETURN(directory_,
-                       ScratchDirectory::Create(TemporaryBase(options.host_memory_bytes)));
+                       ScratchDirectory::Create(TemporaryBase(options.memory.total_bytes)));
   const std::string& directory = directory_->path();
   address_ = absl::StrCat("unix:", directory, "/clusterkvd.sock");
   log_path_ = directory + "/clusterkvd.log";
@@ -84,7 +108,7 @@ absl::Status PrivateDaemon::Launch(const PrivateDaemonOptions& options) {
   if (!log.valid() || pipe2(ends, O_CLOEXEC) != 0) return absl::ErrnoToStatus(errno, directory);
   stdout_fd_ = ends[0];
   gpu::UniqueFd write_end(ends[1]);
-  const uint64_t megabytes = (options.host_memory_bytes + kMegabyte - 1) / kMegabyte;
+  const auto megabytes = [](uint64_t bytes) { return absl::StrCat(bytes / kMegabyte, "mb"); };
   ChildOptions child;
   child.arguments = {DaemonProgram(options.program),
                      "--listen",
@@ -92,7 +116,9 @@ absl::Status PrivateDaemon::Launch(const PrivateDaemonOptions& options) {
                      "--admin-listen",
                      "127.0.0.1:0",
                      "--host-memory",
-                     absl::StrCat(megabytes, "mb"),
+                     megabytes(options.memory.total_bytes),
+                     "--host-chunk",
+                     megabytes(options.memory.chunk_bytes),
                      "--host-memory-dir",
                      directory + "/host",
                      "--backend",

@@ -11,18 +11,26 @@
 #include "client/replay/child_process.h"
 #include "client/replay/scratch_directory.h"
 #include "client/replay/trace.h"
+#include "gpu/method_options.h"
 
 namespace clusterkv::client::replay {
+
+// Both multiples of a MiB.
+struct HostMemory {
+  uint64_t total_bytes = 256ull << 20;
+  uint64_t chunk_bytes = 16ull << 20;
+};
+
+// For so many sequences of a trace at once, each worker a session that is lent whole chunks.
+HostMemory HostMemoryFor(const Trace& trace, const gpu::MethodOptions& method, uint32_t workers,
+                         uint32_t sequences);
 
 struct PrivateDaemonOptions {
   std::string program;  // empty: clusterkvd beside this program, else from PATH
   std::string backend = "auto";
-  uint64_t host_memory_bytes = 0;
+  HostMemory memory;
   absl::Duration start_timeout = absl::Minutes(5);  // host memory is pinned first
 };
-
-// Host memory for so many sequences of a trace at once, with room for whole chunks.
-uint64_t HostMemoryFor(const Trace& trace, uint32_t workers, uint32_t sequences);
 
 class PrivateDaemon {
  public:

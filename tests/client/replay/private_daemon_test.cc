@@ -28,7 +28,7 @@ class PrivateDaemonTest : public testing::Test {
     PrivateDaemonOptions options;
     options.program = program;
     options.backend = "host";
-    options.host_memory_bytes = 300'000'001;
+    options.memory = {300ull << 20, 32ull << 20};
     options.start_timeout = timeout;
     return PrivateDaemon::Start(options);
   }
@@ -52,7 +52,7 @@ TEST_F(PrivateDaemonTest, ServesUntilItIsStoppedAndLeavesNothing) {
   const auto folder = std::filesystem::path(address.substr(5)).parent_path();
   EXPECT_TRUE(std::filesystem::exists(folder));
   EXPECT_THAT(Arguments(), HasSubstr("--listen " + address));
-  EXPECT_THAT(Arguments(), HasSubstr("--host-memory 301mb"));
+  EXPECT_THAT(Arguments(), HasSubstr("--host-memory 300mb --host-chunk 32mb"));
   EXPECT_THAT(Arguments(), HasSubstr("--backend host"));
   EXPECT_TRUE((*daemon)->Stop().ok());
   EXPECT_TRUE((*daemon)->Stop().ok());
@@ -103,9 +103,22 @@ TEST_F(PrivateDaemonTest, NeedsTheProgram) {
 TEST(HostMemoryFor, GrowsWithSequencesAndHasAFloor) {
   const TemporaryDirectory directory;
   const Trace trace = MakeRandomTrace(directory, {});
-  EXPECT_EQ(HostMemoryFor(trace, 1, 1), 256'000'000u);
-  const uint64_t sequence = 190ull * (2 * 2 * 2 * 64 * 4 + 4 * 4);
-  EXPECT_GE(HostMemoryFor(trace, 4, 1000), 4 * 1000 * sequence);
+  const gpu::MethodOptions method;
+  EXPECT_EQ(HostMemoryFor(trace, method, 1, 1).total_bytes, 256ull << 20);
+  EXPECT_EQ(HostMemoryFor(trace, method, 1, 1).chunk_bytes, 16ull << 20);
+  const uint64_t sequence = 190ull * trace.shape().token_bytes();
+  EXPECT_GE(HostMemoryFor(trace, method, 4, 1000).total_bytes, 4 * 1000 * sequence);
+}
+
+TEST(HostMemoryFor, HasChunksThatHoldTheLongestSegment) {
+  const TemporaryDirectory directory;
+  const Trace trace =
+      MakeRandomTrace(directory, {.prompt_tokens = 9000, .steps = 1, .head_dim = 256});
+  gpu::MethodOptions method;
+  method.prompt_segment_tokens = 65'536;
+  const HostMemory memory = HostMemoryFor(trace, method, 1, 1);
+  EXPECT_GE(memory.chunk_bytes, 8 * 9001 * trace.shape().row_bytes());
+  EXPECT_EQ(memory.total_bytes % memory.chunk_bytes, 0u);
 }
 
 }  // namespace
