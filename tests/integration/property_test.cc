@@ -248,7 +248,7 @@ TEST(RetrieveAll, EqualsDenseOverRandomHistories) {
   const char* const count_text = std::getenv("CLUSTERKV_TEST_HISTORIES");
   const int histories = count_text == nullptr ? 40 : std::atoi(count_text);
   auto daemon = client::replay::PrivateDaemon::Start(
-      {.program = CLUSTERKVD_PATH, .backend = "host", .host_memory_bytes = 512ull << 20});
+      {.program = CLUSTERKVD_PATH, .backend = "host", .memory = {.total_bytes = 512ull << 20}});
   ASSERT_TRUE(daemon.ok()) << daemon.status();
   auto client = Client::Connect({.address = (*daemon)->address(),
                                  .name = "property_test",
