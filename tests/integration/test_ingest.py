@@ -371,3 +371,40 @@ def test_sequences_of_a_session_come_and_go(worker):
         while len(live) > 4:
             worker.release(live.pop(int(rng.integers(len(live))))[0])
     assert not worker.failed
+
+
+# --- A full host pool ---------------------------------------------------------------------------
+
+def test_a_full_pool_refuses_a_range_and_takes_it_once_there_is_room(start_daemon):
+    """Growth beyond what was reserved is all or nothing; the range can be sent again."""
+    daemon = start_daemon({"host-memory": "4mb", "host-chunk": "2mb"})
+    kv = Kv(shape_of(), 3000)
+    method = method_of(budget_tokens=4096)
+    with Worker(daemon.address) as worker:
+        ring = worker.allocate_ring(1 << 20)
+        first, second = (worker.register(kv.shape, method, 3000, SERVED, reserve_tokens=1)
+                         for _ in range(2))
+        worker.ingest(first, ring, kv, 1600, chunk=400)
+        worker.wait(first)
+        worker.wait_for(lambda: not ring.lent)
+        while True:
+            before = worker.mine()
+            try:
+                worker.ingest_range(second, ring, kv, 0, 2, 100)
+                worker.wait_for(lambda: not ring.lent)
+            except grpc.RpcError as error:
+                assert error.code() == Code.RESOURCE_EXHAUSTED, error
+                assert "host pool" in error.details()
+                with worker.changed:
+                    ring.lent.pop()
+                break
+        assert second.accepted[0] >= 400 and second.accepted[0] < 2900
+        assert worker.mine() == before
+        # Who runs is not taken apart.
+        decode_step(worker, first, kv, 1600)
+        worker.release(first)
+        worker.ingest_range(second, ring, kv, 0, 2, 100, last=True)
+        worker.wait(second)
+        for position in range(second.accepted[0], second.accepted[0] + 20):
+            decode_step(worker, second, kv, position)
+    daemon.wait_until_free()
