@@ -30,16 +30,14 @@ absl::StatusOr<uint64_t> ParseSize(const std::string& text) {
       fmt::format("'{}' is not a size; write bytes, or a number with b, kb, mb, gb or tb", text));
   const size_t digits = text.find_first_not_of("0123456789.");
   const std::string number = text.substr(0, digits);
-  std::string unit;
+  std::string unit(digits == std::string::npos ? 1 : 0, 'b');
   if (digits != std::string::npos) {
     for (const char c : text.substr(digits)) {
       if (c != ' ' || !unit.empty())
         unit += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     }
     if (unit.size() == 3 && unit[1] == 'i') unit.erase(1, 1);
-    if (unit == "k" || unit == "m" || unit == "g" || unit == "t") unit += 'b';
-  } else {
-    unit = "b";
+    if (unit == "k" || unit == "m" || unit == "g" || unit == "t") unit.push_back('b');
   }
   const auto* const known = std::ranges::find(kUnits, unit, &Unit::name);
   if (known == kUnits.end()) return bad;
