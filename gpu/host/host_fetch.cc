@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "gpu/host/decode_steps.h"
+#include "gpu/host_chunks.h"
 #include "gpu/status_macros.h"
 
 namespace clusterkv::gpu::host {
@@ -38,7 +39,8 @@ class HeadCache {
   absl::Status Load(uint32_t cluster) {
     const ClusterEntry& entry = view_.clusters(head_)[cluster];
     const uint32_t tokens = view_.ClusterTokens(entry);
-    const std::byte* const chunk = host_chunks_ == nullptr ? nullptr : host_chunks_[entry.chunk];
+    const std::byte* const chunk =
+        host_chunks_ == nullptr ? nullptr : LoadHostChunk(host_chunks_, entry.chunk);
     if (chunk == nullptr) {
       return absl::FailedPreconditionError(
           absl::StrCat("host chunk ", entry.chunk, " is not mapped"));
