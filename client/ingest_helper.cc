@@ -66,6 +66,7 @@ void IngestHelper::Stop() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
+    for (auto& [id, lane] : lanes_) DropQueue(lane);
     work_.notify_all();
     settled_.notify_all();
   }

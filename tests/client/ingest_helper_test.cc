@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 namespace clusterkv::client {
@@ -75,6 +76,12 @@ class IngestHelperTest : public testing::Test {
     request.set_position(position);
     request.set_ring_offset(*ring_.Allocate(64, Deadline(absl::ZeroDuration())));
     helper_.Submit(link, std::move(request));
+  }
+  // The call under way ends only after the queue behind it was dropped.
+  void OpenOnceOneRangeIsLeft() {
+    const Deadline deadline(absl::Seconds(30));
+    while (used_ranges() > 1 && !deadline.passed()) std::this_thread::yield();
+    sender_.Open();
   }
   uint64_t used_ranges() const { return (ring_.bytes() - ring_.free_bytes()) / 64; }
 
@@ -158,7 +165,7 @@ TEST_F(IngestHelperTest, ForgetDropsTheQueueAfterTheCallUnderWay) {
   sender_.Hold();
   for (uint32_t i = 0; i < 3; ++i) Submit(link_, i);
   sender_.WaitForCalls(1);
-  auto open = std::jthread([this] { sender_.Open(); });
+  auto open = std::jthread([this] { OpenOnceOneRangeIsLeft(); });
   helper_.Forget(*link_);
   EXPECT_LE(sender_.positions().size(), 1u);
   EXPECT_EQ(used_ranges(), 1u);
@@ -169,7 +176,7 @@ TEST_F(IngestHelperTest, StopGivesBackWhatIsQueued) {
   sender_.Hold();
   for (uint32_t i = 0; i < 3; ++i) Submit(link_, i);
   sender_.WaitForCalls(1);
-  auto open = std::jthread([this] { sender_.Open(); });
+  auto open = std::jthread([this] { OpenOnceOneRangeIsLeft(); });
   helper_.Stop();
   EXPECT_EQ(used_ranges(), 1u);
   Submit(link_, 9);
