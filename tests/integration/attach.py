@@ -8,6 +8,7 @@ import socket
 import struct
 import tempfile
 
+from daemon import bound
 from wire import v1
 
 MAX_PACKET_BYTES = 4096
@@ -25,7 +26,7 @@ def lifeline():
 class AttachSocket:
     """A connection. receive() gives (event, descriptor or None), or None at the end."""
 
-    def __init__(self, path, timeout=20):
+    def __init__(self, path, timeout=bound(20)):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(timeout)
         self.socket.connect(path)

@@ -1,4 +1,6 @@
-"""Fixtures of the integration tests. CLUSTERKV_BIN chooses the build under test."""
+"""Fixtures of the integration tests. CLUSTERKV_BIN chooses the build under test (default
+build/release/bin); CLUSTERKV_TEST_SLOWDOWN multiplies every bound on time, for sanitizer builds and
+loaded machines."""
 
 import os
 import sys

@@ -7,7 +7,7 @@ import time
 import grpc
 import pytest
 
-from daemon import Daemon
+from daemon import Daemon, bound
 from dense import Kv, check_output, method_of, shape_of
 from wire import v1
 from worker import DIRECT, SERVED, Worker
@@ -65,7 +65,7 @@ class Scene:
     def wait_quiet(self):
         """Until all credits are back and the figures stand still."""
         self.mine.wait_for(lambda: not self.ring.lent)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + bound(30)
         before = self.daemon.steady()
         while True:
             time.sleep(0.05)
@@ -77,7 +77,7 @@ class Scene:
 
     def picture(self):
         """Everything that a refused request must leave as it is."""
-        sequences = self.mine.stub.ListSequences(v1.ListSequencesRequest(), timeout=20)
+        sequences = self.mine.stub.ListSequences(v1.ListSequencesRequest(), timeout=bound(20))
         return (*self.daemon.steady(), sequences.SerializeToString(deterministic=True))
 
     @contextlib.contextmanager

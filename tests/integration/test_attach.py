@@ -14,7 +14,7 @@ import pytest
 
 from attach import MAX_PACKET_BYTES, AttachSocket
 from children import Child
-from daemon import clean_environment
+from daemon import bound, clean_environment
 from dense import Kv, decode_step, method_of, shape_of
 from wire import v1
 from worker import DIRECT, SERVED, Worker
@@ -213,8 +213,8 @@ def attach_as(address, uid, gid):
               "event, _ = a.receive()\n"
               "print(event.rejected.code, event.WhichOneof('event'), event.rejected.message)\n"
               "sys.stdout.flush(); os._exit(0)\n")
-    done = subprocess.run([sys.executable, "-c", script], env=clean_environment(), timeout=60,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], env=clean_environment(),
+                          timeout=bound(60), capture_output=True, text=True, check=True)
     code, _, message = done.stdout.strip().partition(" ")
     return int(code), message
 
@@ -262,11 +262,11 @@ def test_uids_and_gids_that_are_listed_may_attach(start_daemon, flags, allowed):
 def test_the_sockets_mode_keeps_others_out(daemon):
     os.chmod(daemon.folder, 0o755)
     script = ("import os, socket; os.setgid(23456); os.setuid(12345)\n"
-              f"s = socket.socket(socket.AF_UNIX, socket.{{}}); s.connect({{!r}})")
+              "s = socket.socket(socket.AF_UNIX, socket.{}); s.connect({!r})")
     for kind, path in (("SOCK_SEQPACKET", daemon.attach_path),
                        ("SOCK_STREAM", daemon.socket_path)):
         done = subprocess.run([sys.executable, "-c", script.format(kind, path)],
-                              capture_output=True, text=True, timeout=60, check=False)
+                              capture_output=True, text=True, timeout=bound(60), check=False)
         assert "PermissionError" in done.stderr
 
 
@@ -277,7 +277,7 @@ def test_a_session_that_never_attaches_is_ended(start_daemon):
     worker = Worker(daemon.address, attach=False)
     started = time.monotonic()
     worker.wait_for(lambda: worker.stream_error, 10)
-    assert 0.8 < time.monotonic() - started < 5
+    assert 0.8 < time.monotonic() - started < bound(5)
     assert worker.stream_error.code() == Code.ABORTED
     assert "did not attach in time" in worker.stream_error.details()
     daemon.wait_until_free()
@@ -305,7 +305,7 @@ def test_idle_connections_beyond_the_limit_keep_nobody_out_for_long(start_daemon
     daemon = start_daemon({"attach-timeout": "1s"})
     idle = [AttachSocket(daemon.attach_path) for _ in range(1100)]
     worker = Worker(daemon.address, attach=False)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + bound(20)
     while worker.attach_socket is None:
         try:
             worker.attach()
@@ -388,7 +388,7 @@ def test_goodbye_gives_everything_back_at_once(daemon, mode):
     worker, _, _ = published(daemon, mode)
     assert daemon.held()["used"] == 4 << 20
     worker.close()
-    assert daemon.wait_until_free() < 1
+    assert daemon.wait_until_free() < bound(1)
 
 
 def test_released_chunks_are_revoked_and_given_back_once_unmapped(daemon):
@@ -397,7 +397,7 @@ def test_released_chunks_are_revoked_and_given_back_once_unmapped(daemon):
     worker.release(sequence)
     worker.wait_for(lambda: 0 in worker.revoked_chunks)
     worker.wait_for(lambda: sequence.reply.state_arena_id in worker.revoked_arenas)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + bound(5)
     while daemon.held()["quarantined"] or daemon.held()["used"]:
         assert time.monotonic() < deadline, daemon.held()
         time.sleep(0.02)
@@ -418,7 +418,7 @@ def test_chunks_that_are_not_unmapped_stay_in_quarantine(daemon):
     held = daemon.held()
     assert held["quarantined"] == 4 << 20 and held["used"] == 0
     worker.attach_socket.send(chunk_unmapped=v1.ChunkUnmapped(chunk_index=0))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + bound(5)
     while daemon.held()["quarantined"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -427,7 +427,7 @@ def test_chunks_that_are_not_unmapped_stay_in_quarantine(daemon):
 
 def test_chunks_of_a_broken_session_stay_in_quarantine_until_the_process_dies(daemon):
     with Child(daemon.address, "dropped") as child:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + bound(5)
         while daemon.held()["sessions"] or daemon.held()["gpu"]:
             assert time.monotonic() < deadline, daemon.held()
             time.sleep(0.02)
@@ -435,7 +435,7 @@ def test_chunks_of_a_broken_session_stay_in_quarantine_until_the_process_dies(da
         held = daemon.held()
         assert held["quarantined"] == 4 << 20 and held["used"] == held["reserved"] == 0
         child.kill()
-        assert daemon.wait_until_free() < 3
+        assert daemon.wait_until_free() < bound(3)
 
 
 def test_memory_is_zeroed_between_sessions(start_daemon):

@@ -4,6 +4,7 @@ the culprit, nothing changes, and the good sequence of the same session goes on.
 import grpc
 import pytest
 
+from daemon import bound
 from scene import (BUDGET, MAX_ARENAS, MAX_SEQUENCES, MAX_TOKENS, METHOD, PROMPT, RING_BYTES,
                    Scene)
 from dense import Kv, check_output, method_of, shape_of
@@ -111,7 +112,7 @@ def test_bytes_that_are_no_message_are_refused(scene, call):
     for junk in (b"\xff" * 9, b"\x0a\x7f", b"\x0a\x85\xff\xff\xff\x0f", b"\x0b\x0b\x0b"):
         raw = scene.mine.channel.unary_unary(f"/clusterkv.v1.ClusterKv/{call}")
         with scene.refuses((Code.INTERNAL, Code.UNIMPLEMENTED)):  # by gRPC; versions differ
-            raw(junk, timeout=20)
+            raw(junk, timeout=bound(20))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -119,12 +120,13 @@ def test_a_request_above_four_mebibytes_is_refused(scene, call):
     request = getattr(v1, f"{call}Request")(
         session=v1.SessionRef(session_token=b"x" * (4 << 20), boot_epoch=scene.mine.boot_epoch))
     with scene.refuses(FULL, "(?i)larger than max"):
-        getattr(scene.mine.stub, call)(request, timeout=20)
+        getattr(scene.mine.stub, call)(request, timeout=bound(20))
 
 
 def test_a_method_that_is_not_there_is_unimplemented(scene):
     with scene.refuses(Code.UNIMPLEMENTED):
-        scene.mine.channel.unary_unary("/clusterkv.v1.ClusterKv/ForkSequence")(b"", timeout=20)
+        fork = scene.mine.channel.unary_unary("/clusterkv.v1.ClusterKv/ForkSequence")
+        fork(b"", timeout=bound(20))
 
 
 # --- AllocateArena ------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def test_a_session_has_only_so_many_waiters(scene):
     before = scene.picture()
     calls = [scene.mine.stub.WaitPublished.future(request, timeout=60) for _ in range(4097)]
     refused = [call for call in calls if call.done() or call is calls[-1]]
-    assert {call.exception(20).code() for call in refused} == {FULL}
+    assert {call.exception(bound(20)).code() for call in refused} == {FULL}
     assert len(refused) == 1
     assert "4096 calls wait already" in refused[0].details()
     for call in calls:
@@ -374,7 +376,7 @@ def test_releasing_twice_is_not_found_and_wakes_who_waits(scene):
         v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=extra.id, length=50),
         timeout=30)
     scene.mine.release(extra)
-    assert waiting.exception(20).code() == MISSING
+    assert waiting.exception(bound(20)).code() == MISSING
     scene.wait_quiet()
     with scene.refuses(MISSING, f"no sequence {extra.id}"):
         scene.mine.release(extra)
@@ -543,7 +545,7 @@ def group(**fields):
 ))
 def test_a_session_begins_with_a_good_hello(scene, requests, code, message):
     with scene.refuses(code, message):
-        for event in scene.mine.stub.Session(iter(requests), timeout=20):
+        for event in scene.mine.stub.Session(iter(requests), timeout=bound(20)):
             raise AssertionError(event)
 
 
@@ -553,7 +555,7 @@ def test_a_name_that_is_not_text_is_no_hello(scene):
     raw = scene.mine.channel.stream_stream("/clusterkv.v1.ClusterKv/Session")
     before = scene.picture()
     with pytest.raises(grpc.RpcError) as caught:
-        for event in raw(iter([b"\x0a" + bytes([len(payload)]) + payload]), timeout=20):
+        for event in raw(iter([b"\x0a" + bytes([len(payload)]) + payload]), timeout=bound(20)):
             raise AssertionError(event)
     assert caught.value.code() in (INVALID, Code.INTERNAL)
     assert scene.picture() == before
@@ -568,7 +570,7 @@ def test_only_so_many_sessions_are_open(scene):
 
 def test_a_second_hello_ends_its_session_alone(scene):
     stub = v1.ClusterKvStub(channel_to(scene.daemon.address))
-    stream = stub.Session(iter([hello(), hello()]), timeout=20)
+    stream = stub.Session(iter([hello(), hello()]), timeout=bound(20))
     assert next(stream).HasField("welcome")
     with pytest.raises(grpc.RpcError) as caught:
         next(stream)

@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from daemon import READY, clean_environment, program, run_to_end, scratch
+from daemon import READY, bound, clean_environment, program, run_to_end, scratch
 from dense import Kv, decode_step, method_of, shape_of
 from wire import v1
 from worker import DIRECT, SERVED, Worker, channel_to
@@ -159,7 +159,7 @@ def test_cuda_that_is_not_there_is_an_error(daemon, folder):
 
 def health(channel, service=""):
     return health_pb2_grpc.HealthStub(channel).Check(
-        health_pb2.HealthCheckRequest(service=service), timeout=10).status
+        health_pb2.HealthCheckRequest(service=service), timeout=bound(10)).status
 
 
 def test_health_and_reflection(daemon):
@@ -172,7 +172,7 @@ def test_health_and_reflection(daemon):
         replies = stub.ServerReflectionInfo(iter([
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(
-                file_containing_symbol="clusterkv.v1.ClusterKv")]), timeout=10)
+                file_containing_symbol="clusterkv.v1.ClusterKv")]), timeout=bound(10))
         names = {service.name for service in next(replies).list_services_response.service}
         assert {"clusterkv.v1.ClusterKv", "grpc.health.v1.Health"} <= names
         files = next(replies).file_descriptor_response.file_descriptor_proto
@@ -249,7 +249,7 @@ def test_drain_with_a_session_that_leaves(start_daemon):
                 call()
             assert caught.value.code() == Code.UNAVAILABLE and "draining" in caught.value.details()
         worker.close()
-        assert daemon.wait() == 0 and time.monotonic() - started < 10
+        assert daemon.wait() == 0 and time.monotonic() - started < bound(10)
 
 
 def test_drain_with_a_session_that_stays_is_bounded(start_daemon):
@@ -258,7 +258,7 @@ def test_drain_with_a_session_that_stays_is_bounded(start_daemon):
     started = time.monotonic()
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0
-    assert 0.9 < time.monotonic() - started < 6
+    assert 0.9 < time.monotonic() - started < bound(6)
     worker.wait_for(lambda: worker.stream_error and worker.attach_over, 5)
     assert worker.stream_error.code() == Code.UNAVAILABLE
     worker.drop()
@@ -272,8 +272,8 @@ def test_drain_with_a_waiting_call_and_an_open_attach_is_bounded(start_daemon):
     waiting = worker.stub.WaitPublished.future(v1.WaitPublishedRequest(
         session=worker.ref, sequence_id=sequence.id, length=300), timeout=60)
     daemon.signal(signal.SIGTERM)
-    assert daemon.wait(10) == 0
-    assert waiting.exception(5).code() in (Code.NOT_FOUND, Code.UNAVAILABLE)
+    assert daemon.wait(bound(10)) == 0
+    assert waiting.exception(bound(5)).code() in (Code.NOT_FOUND, Code.UNAVAILABLE)
     worker.drop()
     silent.drop()
 
@@ -283,7 +283,7 @@ def test_an_idle_daemon_stops_at_once(start_daemon, number):
     daemon = start_daemon()
     started = time.monotonic()
     daemon.signal(number)
-    assert daemon.wait() == 0 and time.monotonic() - started < 3
+    assert daemon.wait() == 0 and time.monotonic() - started < bound(3)
 
 
 def test_a_second_signal_ends_the_drain(start_daemon):
@@ -292,7 +292,7 @@ def test_a_second_signal_ends_the_drain(start_daemon):
     daemon.signal(signal.SIGTERM)
     worker.wait_for(lambda: worker.draining, 5)
     daemon.signal(signal.SIGTERM)
-    assert daemon.wait(10) == 0
+    assert daemon.wait(bound(10)) == 0
     worker.drop()
 
 
@@ -410,7 +410,7 @@ def test_configuration_errors_name_the_key(folder, name):
 def test_help_and_version():
     for flag, word in (("--help", "--host-memory-dir"), ("--version", "clusterkvd ")):
         done = subprocess.run([program("clusterkvd"), flag], capture_output=True, text=True,
-                              env=clean_environment(), timeout=30, check=True)
+                              env=clean_environment(), timeout=bound(30), check=True)
         assert word in done.stdout and not done.stderr
 
 

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from children import Child, make_trace, start_replay
-from daemon import Daemon, clean_environment, program
+from daemon import Daemon, bound, clean_environment, program
 from dense import Kv, decode_step, method_of, shape_of
 from scrape import Scraper, broken_rules
 from wire import v1
@@ -33,18 +33,18 @@ def trace(tmp_path_factory):
 
 def results_of(replay, seconds=120):
     """The JSON that a replay prints at its end, which must be a good one."""
-    out, err = replay.communicate(timeout=seconds)
+    out, err = replay.communicate(timeout=bound(seconds))
     assert replay.returncode == 0, err
     return json.loads(out)["results"]
 
 
 def assert_all_is_free(daemon, seconds=5):
     """As an operator sees it: clusterkvctl, until the time is over."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + bound(seconds)
     while True:
         done = subprocess.run(
             [program("clusterkvctl"), "--address", daemon.address, "status", "--format", "json"],
-            env=clean_environment(), capture_output=True, text=True, timeout=30, check=True)
+            env=clean_environment(), capture_output=True, text=True, timeout=bound(30), check=True)
         status = json.loads(done.stdout)
         host, device = status["host_bytes"], status["gpu_bytes"]
         held = [status["sessions"], status["sequences"], host["used"], host["reserved"],
@@ -60,8 +60,8 @@ def sequences_of(daemon, stub, pid):
     """The sequences of the session of that process."""
     mine = {session["session_id"] for session in daemon.status()["session_list"]
             if session["pid"] == pid}
-    return [info for info in stub.ListSequences(v1.ListSequencesRequest(), timeout=20).sequences
-            if info.session_id in mine]
+    listed = stub.ListSequences(v1.ListSequencesRequest(), timeout=bound(20))
+    return [info for info in listed.sequences if info.session_id in mine]
 
 
 def in_ingest(infos):
@@ -77,13 +77,13 @@ def kill_when(daemon, victim, there):
     """SIGKILLs the replay once it is there; what it held is given back within 5 s."""
     with grpc.insecure_channel(daemon.address) as channel:
         stub = v1.ClusterKvStub(channel)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + bound(60)
         while not there(sequences_of(daemon, stub, victim.pid)):
             assert victim.poll() is None, f"it ended too early: {victim.communicate()}"
             assert time.monotonic() < deadline, "it never got there"
         victim.send_signal(signal.SIGKILL)
         victim.communicate()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + bound(5)
         while sequences_of(daemon, stub, victim.pid) or daemon.held()["quarantined"]:
             assert time.monotonic() < deadline, "the dead worker's sequences are still there"
             time.sleep(0.02)
@@ -174,7 +174,7 @@ def test_a_worker_killed_in_any_phase_leaves_nothing(daemon, phase):
             child.kill()
         started = time.monotonic()
         while (held := daemon.held()) != alone:
-            assert time.monotonic() - started < 5, (held, alone)
+            assert time.monotonic() - started < bound(5), (held, alone)
             time.sleep(0.02)
         for position in range(301, 340):
             decode_step(bystander, sequence, kv, position)
@@ -193,7 +193,7 @@ def test_a_replay_ends_when_its_daemon_is_killed(start_daemon, trace, mode):
             while not in_decode(sequences_of(daemon, stub, replay.pid)):
                 assert replay.poll() is None, replay.communicate()
         daemon.kill()
-        out, err = replay.communicate(timeout=10)
+        out, err = replay.communicate(timeout=bound(10))
         assert replay.returncode == 3, (replay.returncode, out, err)
         assert not out and err.startswith("clusterkv-replay: ")
     finally:
@@ -218,8 +218,8 @@ def test_calls_fail_promptly_when_the_daemon_is_killed(daemon):
     time.sleep(0.3)
     killed = time.monotonic()
     daemon.kill()
-    waiting.join(10)
-    assert failures[0][1] == Code.UNAVAILABLE and failures[0][0] - killed < 2
+    waiting.join(bound(10))
+    assert failures[0][1] == Code.UNAVAILABLE and failures[0][0] - killed < bound(2)
     worker.wait_for(lambda: worker.stream_error and worker.attach_over, 5)
     assert worker.stream_error.code() == Code.UNAVAILABLE
     with pytest.raises(grpc.RpcError) as caught:

@@ -17,11 +17,12 @@ import time
 import grpc
 
 from attach import AttachSocket
+from daemon import bound
 from wire import v1
 
 SERVED, DIRECT = v1.FETCH_MODE_SERVED, v1.FETCH_MODE_DIRECT
 ALIGNMENT = 64  # of ranges in an arena, bytes
-CALL_SECONDS = 60
+CALL_SECONDS = bound(60)
 
 
 def channel_to(address):
@@ -191,10 +192,10 @@ class Worker:
             del self.pending_chunks[index]
             self.attach_socket.send(chunk_mapped=v1.ChunkMapped(chunk_index=index))
 
-    def wait_for(self, fact, seconds=CALL_SECONDS):
+    def wait_for(self, fact, seconds=60):
         """Waits until fact() is true; asserts that it becomes so in time."""
         with self.changed:
-            assert self.changed.wait_for(fact, seconds), "what was waited for did not happen"
+            assert self.changed.wait_for(fact, bound(seconds)), "what was waited for did not happen"
 
     # --- calls -----------------------------------------------------------------------------
 
