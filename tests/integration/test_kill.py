@@ -43,8 +43,10 @@ def assert_all_is_free(daemon, seconds=5):
     deadline = time.monotonic() + bound(seconds)
     while True:
         done = subprocess.run(
-            [program("clusterkvctl"), "--address", daemon.address, "status", "--format", "json"],
-            env=clean_environment(), capture_output=True, text=True, timeout=bound(30), check=True)
+            [program("clusterkvctl"), "--address", daemon.address, "--timeout", str(bound(5)),
+             "status", "--format", "json"], env=clean_environment(), capture_output=True,
+            text=True, timeout=bound(30), check=False)
+        assert done.returncode == 0, (done.returncode, done.stderr)
         status = json.loads(done.stdout)
         host, device = status["host_bytes"], status["gpu_bytes"]
         held = [status["sessions"], status["sequences"], host["used"], host["reserved"],
