@@ -15,12 +15,10 @@ namespace {
 // How long the daemon may take to close after our goodbye.
 constexpr absl::Duration kGoodbyeTimeout = absl::Seconds(1);
 
-// A decode step may read the entry without a lock: it does so only after it has seen a segment in
-// the chunk, which the daemon publishes after this write (our ChunkMapped, its release store, the
-// step's acquire). ThreadSanitizer cannot see an order that goes through another process.
-__attribute__((no_sanitize("thread"), noinline)) void StoreBase(const std::byte** entry,
-                                                                const std::byte* base) {
-  *entry = base;
+// Decode steps read the entry without a lock (gpu/host_chunks.h acquires it), and only after they
+// have seen a segment in the chunk, which the daemon publishes after our ChunkMapped.
+void StoreBase(const std::byte** entry, const std::byte* base) {
+  __atomic_store_n(entry, base, __ATOMIC_RELEASE);
 }
 
 }  // namespace
