@@ -18,7 +18,7 @@ constexpr size_t kMaxOutgoing = 65536;
 
 class SessionReactor::Sink : public SessionSink {
  public:
-  explicit Sink(SessionReactor& reactor) : reactor_(&reactor) {}
+  Sink(SessionReactor& reactor, ServiceCore& core) : core_(core), reactor_(&reactor) {}
 
   void CreditReturned(ArenaId arena, uint64_t offset, uint64_t bytes) override {
     v1::SessionEvent event;
@@ -52,7 +52,9 @@ class SessionReactor::Sink : public SessionSink {
   }
   void Welcomed(absl::StatusOr<WelcomeInfo> welcome) {
     std::lock_guard lock(mu_);
-    if (reactor_ != nullptr) reactor_->Welcomed(std::move(welcome));
+    if (reactor_ != nullptr) return reactor_->Welcomed(std::move(welcome));
+    // The stream was done before the session was there, so nobody else will end it.
+    if (welcome.ok()) core_.EndSession(welcome->session, absl::AbortedError("the worker has gone"));
   }
   void Detach() {
     std::lock_guard lock(mu_);
@@ -65,6 +67,7 @@ class SessionReactor::Sink : public SessionSink {
     if (reactor_ != nullptr) reactor_->Send(std::move(event));
   }
 
+  ServiceCore& core_;
   std::mutex mu_;
   SessionReactor* reactor_;  // guarded by mu_; null once the stream is done
 };
@@ -74,7 +77,7 @@ SessionReactor::SessionReactor(ServiceCore& core, grpc::CallbackServerContext& c
     : core_(core),
       context_(context),
       attach_path_(std::move(attach_path)),
-      sink_(std::make_shared<Sink>(*this)) {
+      sink_(std::make_shared<Sink>(*this, core)) {
   StartRead(&request_);
 }
 
