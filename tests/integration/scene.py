@@ -101,7 +101,10 @@ class Scene:
         self.position += 1
 
     def close(self):
-        for worker in (self.mine, self.other, self.unattached):
-            worker.close()
-        self.daemon.wait_until_free()
-        self.daemon.stop()
+        try:
+            for worker in (self.mine, self.other, self.unattached):
+                worker.close()
+            self.daemon.wait_until_free()
+            self.daemon.stop()
+        finally:
+            self.daemon.discard()

@@ -1,6 +1,8 @@
 """Requests that no client should send: each gets its documented code with a message that names
 the culprit, nothing changes, and the good sequence of the same session goes on."""
 
+import time
+
 import grpc
 import pytest
 
@@ -576,8 +578,32 @@ def test_a_second_hello_ends_its_session_alone(scene):
             assert event.HasField("welcome")
     assert caught.value.code() == Code.ABORTED
     assert "second message" in caught.value.details()
+    sessions_become(scene, 3)
+
+
+def sessions_become(scene, count):
+    deadline = time.monotonic() + bound(5)
+    while scene.daemon.status()["sessions"] != count:
+        assert time.monotonic() < deadline, scene.daemon.status()["session_list"]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("leave", ["cancel", "second-hello", "half-close"])
+def test_a_stream_that_ends_before_its_welcome_leaves_no_session(scene, leave):
+    stub = v1.ClusterKvStub(channel_to(scene.daemon.address))
+    for i in range(60):
+        requests = [hello(), hello()] if leave == "second-hello" else [hello()]
+        stream = stub.Session(iter(requests), timeout=bound(20))
+        if leave == "cancel":
+            time.sleep(i * 0.00005)
+            stream.cancel()
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in stream:
+                pass
+        # More than there may be at a time, until those before have ended.
+        assert caught.value.code() in (Code.ABORTED, Code.CANCELLED, FULL)
+    sessions_become(scene, 3)
     scene.wait_quiet()
-    assert scene.daemon.status()["sessions"] == 3
 
 
 # --- At the end ---------------------------------------------------------------------------------
