@@ -52,9 +52,10 @@ double PieceTable::ChunksNeeded(const gpu::Shape& shape, const gpu::MethodOption
   const uint32_t longest = max_tokens - method.sink_tokens;
   const uint32_t prompt_piece = std::min(method.prompt_segment_tokens, longest);
   const uint32_t decode_piece = std::min(method.decode_segment_tokens, longest);
-  // Either kind may fill the sequence; the window's tokens lie twice for a moment.
+  // Either kind may fill the sequence; the window's tokens lie twice for a moment; and what the
+  // prompt's last piece leaves behind when it is cut may be too short for a decode piece.
   return std::max(chunks(prompt_piece, rest), chunks(decode_piece, rest)) +
-         chunks(decode_piece, std::min(rest, method.min_window_tokens + decode_piece));
+         chunks(decode_piece, std::min(rest, method.min_window_tokens + 2 * decode_piece));
 }
 
 Piece PieceTable::Geometry(const Layer& layer, uint32_t index) const {
