@@ -293,15 +293,19 @@ TEST_F(CoreSequenceTest, DirectPublishWaitsUntilTheWorkerHasMappedTheChunk) {
     core_->Tick();  // k-means alone is not news
     return s.cluster_problems == 4;
   }));
+  // What is clustered and published after it passes it by.
+  const SequenceId other = MustRegister(worker, FetchMode::kServed);
+  MustIngest(worker, other, 0, 60, true);
+  EXPECT_EQ(Wait(worker, other, 0)->segments, 2u);
   EXPECT_FALSE(waiting.ready());
-  EXPECT_TRUE(worker->told().published.empty());
+  EXPECT_FALSE(worker->told().published.contains(sequence));
   for (const uint32_t chunk : worker->told().chunks) core_->ChunkMapped(worker->session, chunk);
   ASSERT_TRUE(waiting.Get().ok());
   EXPECT_EQ(waiting.Get()->segments, 2u);
   EXPECT_EQ(waiting.Get()->cut, 52u);
   EXPECT_EQ(worker->told().published.at(sequence).cut, 52u);
-  EXPECT_EQ(core_->status().clustered_tokens, 48u);
-  EXPECT_EQ(core_->status().published_segments, 2u);
+  EXPECT_EQ(core_->status().clustered_tokens, 2 * 48u);
+  EXPECT_EQ(core_->status().published_segments, 4u);
 }
 
 TEST_F(CoreSequenceTest, ServedPublishNeedsNoMapping) {

@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <thread>
+
 #include "tests/service/core_fixture.h"
 
 namespace clusterkv::service {
@@ -208,43 +210,45 @@ TEST_F(CoreSessionTest, DrainWithoutSessionsIsOverAtOnce) {
 }
 
 TEST_F(CoreSessionTest, StopAnswersEveryCall) {
-  for (int round = 0; round < 20; ++round) {
-    TemporaryPool pool(8, kChunk);
-    auto host = gpu::CreateDevice({.backend = "host", .threads = 1});
-    ASSERT_TRUE(host.ok());
-    auto made = ServiceCore::Create({.version = "test", .boot_epoch = kEpoch}, *std::move(host),
-                                    pool.Take());
-    ASSERT_TRUE(made.ok());
-    core_ = *std::move(made);
-    auto worker = std::make_shared<FakeWorker>(*core_);
-    Reply<WelcomeInfo> welcome;
-    core_->OpenSession(Hello(), worker, welcome.done());
-    worker->key = {.token = welcome.Get()->token, .boot_epoch = kEpoch};
-    worker->session = welcome.Get()->session;
-    Reply<SessionId> attached;
-    core_->Attach(worker->key, {}, worker, attached.done());
-    std::vector<Reply<RegisterReply>> registered(8);
-    std::vector<Reply<ArenaInfo>> arenas(8);
-    for (size_t i = 0; i < registered.size(); ++i) {
-      core_->RegisterSequence(worker->key, Request(FetchMode::kDirect, i + 1),
-                              registered[i].done());
-      core_->AllocateArena(worker->key, 4096, arenas[i].done());
-    }
-    Reply<PublishedInfo> waited;
-    core_->WaitPublished(worker->key, 1, 200, waited.done());
-    core_->Stop();
-    EXPECT_TRUE(attached.ready());
-    EXPECT_TRUE(waited.ready());
-    for (size_t i = 0; i < registered.size(); ++i) {
-      EXPECT_TRUE(registered[i].ready()) << "round " << round << " call " << i;
-      EXPECT_TRUE(arenas[i].ready()) << "round " << round << " call " << i;
-    }
-    Reply<ArenaInfo> after;
-    core_->AllocateArena(worker->key, 4096, after.done());
-    EXPECT_EQ(after.Get().status().code(), StatusCode::kResourceExhausted);
-    core_->Stop();  // once more does nothing
-    core_.reset();
+  StartCore();
+  Worker worker = Attached();
+  const SequenceId sequence = MustRegister(worker, FetchMode::kServed);
+  MustIngest(worker, sequence, 0, 60, true);
+  ASSERT_TRUE(Wait(worker, sequence, 0).ok());
+  // The core's thread is held up, so that all of this still lies in its queue when Stop comes.
+  std::promise<void> entered, go;
+  core_->ListSequences(std::nullopt, [&](absl::StatusOr<std::vector<SequenceStatus>>) {
+    entered.set_value();
+    go.get_future().wait();
+  });
+  entered.get_future().wait();
+  for (int i = 0; i < 20'000; ++i) {  // what Stop overtakes if it does not wait
+    core_->ListSequences(std::nullopt, [](absl::StatusOr<std::vector<SequenceStatus>>) {});
   }
+  Reply<std::vector<FetchResult>> fetched;
+  core_->FetchClusters(worker->key, Fetch(sequence, 60, 0), fetched.done());
+  Reply<PublishedInfo> waited;
+  core_->WaitPublished(worker->key, sequence, 200, waited.done());
+  std::vector<Reply<RegisterReply>> registered(20);
+  std::vector<Reply<ArenaInfo>> arenas(20);
+  for (size_t i = 0; i < registered.size(); ++i) {
+    core_->RegisterSequence(worker->key, Request(FetchMode::kDirect, 100 + i),
+                            registered[i].done());
+    core_->AllocateArena(worker->key, 4096, arenas[i].done());
+  }
+  std::thread stopper([this] { core_->Stop(); });
+  go.set_value();
+  stopper.join();
+  EXPECT_TRUE(fetched.ready());
+  EXPECT_TRUE(waited.ready());
+  for (size_t i = 0; i < registered.size(); ++i) {
+    EXPECT_TRUE(registered[i].ready()) << i;
+    EXPECT_TRUE(arenas[i].ready()) << i;
+  }
+  EXPECT_EQ(core_->status().sequences, 0u);
+  EXPECT_EQ(core_->status().gpu_used_bytes, 0u);
+  EXPECT_EQ(AllocateArena(worker, 4096).status().code(), StatusCode::kResourceExhausted);
+  core_->Stop();  // once more does nothing
 }
 
 }  // namespace

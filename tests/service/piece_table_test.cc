@@ -248,10 +248,10 @@ Scenario RandomScenario(std::mt19937_64& random) {
   return scenario;
 }
 
-// Ingests `length` tokens, of which `prompt` are prompt, in random ranges of random layers.
-void IngestAtRandom(Ingest& ingest, const Scenario& scenario, uint32_t prompt, uint32_t length,
-                    std::mt19937_64& random) {
-  std::vector<uint32_t> accepted(scenario.shape.layers);
+// Ingests the tokens up to `length`, of which `prompt` are prompt, in random ranges of random
+// layers. `accepted`: of each layer, before and after.
+void IngestAtRandom(Ingest& ingest, std::vector<uint32_t>& accepted, uint32_t prompt,
+                    uint32_t length, std::mt19937_64& random) {
   while (std::ranges::min(accepted) < length) {
     const bool decoding = std::ranges::min(accepted) >= prompt;
     const uint32_t limit = decoding ? length : prompt;
@@ -285,7 +285,8 @@ TEST_F(PieceTableTest, RandomHistoriesKeepEveryTokenInOnePlace) {
                  std::to_string(prompt) + " length " + std::to_string(length));
     {
       Ingest ingest(*pool_, scenario);
-      ASSERT_NO_FATAL_FAILURE(IngestAtRandom(ingest, scenario, prompt, length, random));
+      std::vector<uint32_t> accepted(scenario.shape.layers);
+      ASSERT_NO_FATAL_FAILURE(IngestAtRandom(ingest, accepted, prompt, length, random));
       ASSERT_NO_FATAL_FAILURE(ingest.ExpectAllInPlace(prompt, length));
       ingest.table().FreeAll();
       ASSERT_EQ(ingest.table().bytes(), 0u);
@@ -369,7 +370,12 @@ TEST_F(PieceTableTest, ReservedMemoryIsEnough) {
     SCOPED_TRACE("round " + std::to_string(round) + ": " + Describe(scenario) + " prompt " +
                  std::to_string(prompt) + " length " + std::to_string(length));
     Ingest ingest(*pool_, scenario);
-    ASSERT_NO_FATAL_FAILURE(IngestAtRandom(ingest, scenario, prompt, length, random));
+    ASSERT_TRUE(ingest.memory().AddReservation(needed).ok());
+    // Decoding starts when the prompt has been staged: its last piece is cut by then.
+    std::vector<uint32_t> accepted(scenario.shape.layers);
+    ASSERT_NO_FATAL_FAILURE(IngestAtRandom(ingest, accepted, prompt, prompt, random));
+    ASSERT_NO_FATAL_FAILURE(IngestAtRandom(ingest, accepted, prompt, length, random));
+    // As many as were ever lent: none is asked back as long as the reservation needs it.
     EXPECT_LE(static_cast<double>(ingest.chunks().lent), std::ceil(needed));
   }
 }
