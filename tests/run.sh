@@ -160,11 +160,13 @@ sanitized() {  # PRESET
 part_asan() {
   local -x ASAN_OPTIONS="log_path=$logs/asan-report:detect_stack_use_after_return=1"
   local -x UBSAN_OPTIONS="log_path=$logs/asan-report:print_stacktrace=1"
+  local -x CLUSTERKV_TEST_SLOWDOWN=4
   sanitized asan
 }
 
 part_tsan() {
   local -x TSAN_OPTIONS="log_path=$logs/tsan-report:suppressions=$PWD/tests/sanitizers/tsan.supp"
+  local -x CLUSTERKV_TEST_SLOWDOWN=10
   # With random addresses, more bits of them than g++ 12's runtime knows of end the program.
   setarch -R true 2>/dev/null && exact_addresses=(setarch -R)
   sanitized tsan
