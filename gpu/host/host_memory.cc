@@ -5,7 +5,10 @@
 #include <sys/stat.h>
 
 #include <cerrno>
+#include <fstream>
 #include <limits>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,12 +17,33 @@
 namespace clusterkv::gpu::host {
 namespace {
 
+// What the kernel thinks can be taken without swapping; nullopt where it does not say.
+std::optional<size_t> AvailableBytes() {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string name, unit;
+  size_t kibibytes = 0;
+  while (meminfo >> name >> kibibytes) {
+    if (name == "MemAvailable:") return kibibytes * 1024;
+    std::getline(meminfo, unit);
+  }
+  return std::nullopt;
+}
+
+// Linux would promise any size, and end some process when the pages are touched. A sixteenth is
+// left to the others.
+absl::Status CheckRoom(size_t bytes) {
+  const std::optional<size_t> available = AvailableBytes();
+  if (!available || bytes <= *available - *available / 16) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("allocation of ", bytes, " bytes, ", *available, " are available"));
+}
+
 absl::Status CheckSize(size_t bytes) {
   if (bytes == 0) return absl::InvalidArgumentError("allocation of 0 bytes");
   if (bytes > static_cast<size_t>(std::numeric_limits<off_t>::max())) {
     return absl::ResourceExhaustedError(absl::StrCat("allocation of ", bytes, " bytes"));
   }
-  return absl::OkStatus();
+  return CheckRoom(bytes);
 }
 
 // Whatever keeps memory from being had is RESOURCE_EXHAUSTED to the caller of an allocation.

@@ -2,12 +2,15 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstring>
+#include <string>
 #include <utility>
 
 namespace clusterkv::gpu::host {
@@ -111,6 +114,24 @@ TEST(HostMemory, ImpossibleSizesAreTypedErrors) {
   EXPECT_EQ(HostMemory::Allocate(~size_t{0}).status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(HostMemory::AllocateShared(~size_t{0}).status().code(),
             absl::StatusCode::kResourceExhausted);
+}
+
+TEST(HostMemory, MoreThanIsAvailableIsRefusedBeforeItIsTaken) {
+  // Should it be taken after all, files end here, and not the machine's memory.
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  rlimit low = before;
+  low.rlim_cur = size_t{1} << 28;
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &low), 0);
+  const auto old_handler = signal(SIGXFSZ, SIG_IGN);
+  const size_t a_pebibyte = size_t{1} << 50;
+  for (const auto& refused : {HostMemory::AllocateShared(a_pebibyte).status(),
+                              HostMemory::Allocate(a_pebibyte).status()}) {
+    EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_NE(refused.ToString().find("are available"), std::string::npos) << refused;
+  }
+  signal(SIGXFSZ, old_handler);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &before), 0);
 }
 
 }  // namespace
