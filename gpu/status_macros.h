@@ -18,7 +18,9 @@
 #define CKV_ASSIGN_OR_RETURN(declaration, expression) \
   CKV_ASSIGN_OR_RETURN_IMPL_(CKV_CONCAT_(ckv_statusor_, __LINE__), declaration, expression)
 
+// NOLINTBEGIN(bugprone-macro-parentheses): a declaration in parentheses is none.
 #define CKV_ASSIGN_OR_RETURN_IMPL_(statusor, declaration, expression) \
   auto statusor = (expression);                                       \
   if (!statusor.ok()) return std::move(statusor).status();            \
   declaration = *std::move(statusor)
+// NOLINTEND(bugprone-macro-parentheses)
