@@ -9,12 +9,15 @@ set(CLUSTERKV_INCLUDE_DIR ${CMAKE_INSTALL_INCLUDEDIR}/clusterkv)
 install(TARGETS clusterkvd clusterkvctl clusterkv-replay RUNTIME)
 install(TARGETS clusterkv_client clusterkv_gpu clusterkv_proto
         EXPORT clusterkvTargets ARCHIVE)
+if(CLUSTERKV_CUDA)
+  install(TARGETS clusterkv_gpu_cuda EXPORT clusterkvTargets ARCHIVE)
+endif()
 install(EXPORT clusterkvTargets NAMESPACE clusterkv:: DESTINATION ${CLUSTERKV_PACKAGE_DIR})
 
 install(FILES client/client.h DESTINATION ${CLUSTERKV_INCLUDE_DIR}/client)
-# What client.h includes, all of it plain C++. Without gpu/host/: that is the backend's inside.
+# What client.h includes, all of it plain C++. Without gpu/host/ and gpu/cuda/: those are backends' insides.
 install(DIRECTORY gpu/ DESTINATION ${CLUSTERKV_INCLUDE_DIR}/gpu
-        FILES_MATCHING PATTERN "*.h" PATTERN host EXCLUDE)
+        FILES_MATCHING PATTERN "*.h" PATTERN host EXCLUDE PATTERN cuda EXCLUDE)
 # For clients in other languages.
 install(DIRECTORY proto/clusterkv DESTINATION ${CMAKE_INSTALL_DATADIR}/clusterkv/proto
         FILES_MATCHING PATTERN "*.proto")

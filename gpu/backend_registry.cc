@@ -2,12 +2,31 @@
 #include "absl/strings/str_cat.h"
 #include "gpu/device.h"
 #include "gpu/host/host_device.h"
+#ifdef CLUSTERKV_CUDA
+#include "gpu/cuda/cuda_device.h"
+#endif
 
 namespace clusterkv::gpu {
 
+namespace {
+
+absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions& options) {
+#ifdef CLUSTERKV_CUDA
+  return cuda::CudaDevice::Create(options.device);
+#else
+  (void)options;
+  return absl::UnavailableError("backend is \"cuda\"; this build has no CUDA backend");
+#endif
+}
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& options) {
-  if (options.backend == "cuda") {
-    return absl::UnavailableError("backend is \"cuda\"; this build has no CUDA backend");
+  if (options.backend == "cuda") return CreateCuda(options);
+  if (options.backend == "auto") {
+    absl::StatusOr<std::unique_ptr<Device>> device = CreateCuda(options);
+    // Not there is one thing; there and broken must be heard of.
+    if (!absl::IsUnavailable(device.status())) return device;
   }
   if (options.backend == "host" || options.backend == "auto") {
     return host::HostDevice::Create(options.threads);

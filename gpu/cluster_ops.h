@@ -38,6 +38,9 @@ struct StageArgs {
 // One k-means: the tokens of one segment of one (layer, KV head).
 struct ClusterProblem {
   const std::byte* rows = nullptr;  // [tokens] rows in position order
+  // [tokens] rows of device memory: where a device that does not compute on host memory copies
+  // `rows` first. Null: `rows` lie in device memory. The host backend does not use it.
+  std::byte* device_rows = nullptr;
   uint32_t tokens = 0;
   uint32_t clusters = 0;  // k, 1..tokens
   uint64_t seed = 0;

@@ -4,9 +4,10 @@
 //
 // Each call enqueues on a stream and returns; it allocates nothing and waits for nothing. Within a
 // step all operations read their lengths from the state's StepLatch, which begin-step wrote once.
-// A slot whose generation is not the state's gives zero output, -inf log-sum-exp and an error bit.
-// All arguments must stay valid until the stream has passed. Shapes are checked when enqueued:
-// INVALID_ARGUMENT, and nothing is enqueued.
+// K, V, queries and outputs lie where the device can reach them: for `cuda` in its memory or pinned
+// on the host. A slot whose generation is not the state's gives zero output, -inf log-sum-exp and
+// an error bit. All arguments must stay valid until the stream has passed. Shapes are checked when
+// enqueued: INVALID_ARGUMENT, and nothing is enqueued.
 #pragma once
 
 #include <cstddef>
@@ -64,9 +65,13 @@ class DecodeOps {
 
   // Sinks and window take the tokens of a range; of more than the window ring holds, the newest.
   virtual absl::Status WriteTokens(Stream& stream, const WriteTokensArgs& args) = 0;
+  // Makes the batch known to the device. Every operation does it where the batch differs from the
+  // last one's on this stream, but one that is being captured in a graph cannot: load the batch
+  // before the capture, and again before each replay after which its slots have changed.
+  virtual absl::Status LoadBatch(Stream& stream, Batch batch) = 0;
   // Latches published_segments (acquire) into segments and cut, and counts the new token.
   virtual absl::Status BeginStep(Stream& stream, Batch batch) = 0;
-  // This step's token of one layer goes to the sinks or the window.
+  // This step's token of one layer goes to the sinks or the window, and to the slot's tail.
   virtual absl::Status Append(Stream& stream, Batch batch, uint32_t layer,
                               const KvSource& source) = 0;
   // Scores every centroid, q·mu * scale; the group rule; clusters in falling order to the budget
@@ -78,7 +83,8 @@ class DecodeOps {
   // Exact softmax attention over sinks + slot table + window (and the estimate, if asked for).
   virtual absl::Status Attend(Stream& stream, Batch batch, uint32_t layer,
                               const QuerySource& queries, const AttentionTarget& target) = 0;
-  // Writes each slot's StepError bits to errors[i] (host memory) and clears them.
+  // Writes each slot's StepError bits to errors[i] and clears them. In host memory; to be captured
+  // in a graph it must be pinned.
   virtual absl::Status EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) = 0;
 };
 

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "gpu/mapping.h"
 #include "gpu/unique_fd.h"
 
 namespace clusterkv::gpu {
@@ -27,8 +28,8 @@ class Event {
   virtual absl::Status Wait(absl::Duration timeout) const = 0;
 };
 
-// A FIFO of device work. Work after a failed piece is skipped; the first error is kept until
-// Synchronize reports it. Thread-safe; destruction waits for what is enqueued.
+// A FIFO of device work. The first error is kept until Synchronize reports it; work after a failed
+// piece may be skipped, and is on the host. Thread-safe; destruction waits for what is enqueued.
 class Stream {
  public:
   virtual ~Stream() = default;
@@ -48,6 +49,12 @@ class DeviceMemory {
   virtual absl::StatusOr<UniqueFd> Export() const = 0;
 };
 
+// Host memory that the device can reach. It can until this is destroyed.
+class HostRegistration {
+ public:
+  virtual ~HostRegistration() = default;
+};
+
 // Thread-safe.
 class Device {
  public:
@@ -56,18 +63,31 @@ class Device {
   virtual const std::string& backend() const = 0;      // "host", "cuda"
   virtual const std::string& description() const = 0;  // for people
   virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) = 0;
+  // A stream over one of the caller's: for `cuda` a cudaStream_t, which must outlive it.
+  // Errors: INVALID_ARGUMENT for a backend that has no such thing.
+  virtual absl::StatusOr<std::unique_ptr<Stream>> WrapStream(void* native) = 0;
   // Zeroed. Errors: RESOURCE_EXHAUSTED.
   virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(size_t bytes) = 0;
   // Zeroed, and can be exported. Errors: RESOURCE_EXHAUSTED.
   virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocateShared(size_t bytes) = 0;
+  // Host memory that the device and the CPU both use in place. Zeroed. Errors: RESOURCE_EXHAUSTED.
+  virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocatePinned(size_t bytes) = 0;
+  // Makes mapped host memory, whole pages, known to the device, at the same address, and keeps its
+  // pages in place. Errors: RESOURCE_EXHAUSTED.
+  virtual absl::StatusOr<std::unique_ptr<HostRegistration>> RegisterHost(std::byte* data,
+                                                                         size_t bytes,
+                                                                         MapAccess access) = 0;
   // Maps memory that another process exported. Errors: INVALID_ARGUMENT if it is shorter.
   virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Import(UniqueFd fd, size_t bytes) = 0;
+  // Is device memory host memory? If not, rows in host memory are copied before they are clustered.
+  virtual bool computes_on_host_memory() const = 0;
   virtual DecodeOps& decode_ops() = 0;
   virtual ClusterOps& cluster_ops() = 0;
 };
 
 struct DeviceOptions {
   std::string backend = "auto";  // "host", "cuda" or "auto": cuda if it is there, else host
+  std::string device;            // of cuda: an index or a UUID; empty: the first
   int threads = 0;               // of the host backend; 0 = all cores this process may use
 };
 

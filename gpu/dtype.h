@@ -1,17 +1,12 @@
-// Storage types of K and V. Arithmetic is always fp32, whatever the storage.
+// Names of the storage types of K and V.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "gpu/kinds.h"
 
 namespace clusterkv::gpu {
-
-enum class DType : uint32_t { kBf16 = 1, kFp16 = 2, kFp32 = 3 };
-
-constexpr size_t SizeOf(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
 
 // "bf16", "fp16", "fp32".
 const char* DTypeName(DType dtype);

@@ -8,16 +8,10 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "gpu/kinds.h"
 #include "gpu/shape.h"
 
 namespace clusterkv::gpu {
-
-// How the query heads that share a KV head agree on one list of clusters.
-enum class GroupRule : uint32_t {
-  kSoftmax = 1,  // per query head a softmax over the centroids, summed over the group
-  kMean = 2,     // mean of the scaled scores
-  kMax = 3,      // maximum of the scaled scores
-};
 
 const char* GroupRuleName(GroupRule rule);
 absl::StatusOr<GroupRule> ParseGroupRule(const std::string& name);

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
+#include "gpu/decode_checks.h"
 #include "gpu/host/decode_steps.h"
 #include "gpu/host/host_stream.h"
 #include "gpu/status_macros.h"
@@ -27,30 +27,6 @@ bool IsUsable(const BatchSlot& slot) {
 
 bool IsCurrent(const BatchSlot& slot) {
   return IsUsable(slot) && StateView(slot).IsCurrent(slot.generation);
-}
-
-// One tensor serves the whole batch, so its slots agree on the shape of a token.
-absl::Status CheckBatch(Batch batch, uint32_t layer) {
-  const StateLayout* first = nullptr;
-  for (size_t i = 0; i < batch.size(); ++i) {
-    const BatchSlot& slot = batch[i];
-    if (slot.active == 0) continue;
-    if (slot.state == nullptr || slot.layout == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat("batch slot ", i, " has no state or layout"));
-    }
-    const StateLayout& layout = *slot.layout;
-    if (layer >= layout.layers) {
-      return absl::InvalidArgumentError(absl::StrCat("layer is ", layer, " in batch slot ", i,
-                                                     "; allowed: below ", layout.layers));
-    }
-    if (first == nullptr) first = slot.layout;
-    if (layout.kv_heads != first->kv_heads || layout.group_size != first->group_size ||
-        layout.head_dim != first->head_dim || layout.dtype != first->dtype) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("batch slot ", i, " has another shape than those before it"));
-    }
-  }
-  return absl::OkStatus();
 }
 
 // All (slot, KV head) pairs of a batch, in parallel. `body(slot_index, kv_head)`.
@@ -81,27 +57,6 @@ void WriteHead(const WriteTokensArgs& args, uint32_t layer_offset, uint32_t kv_h
     const size_t offset = base + token * args.source.token_stride;
     WriteToken(view, head, position, args.source.k + offset, args.source.v + offset);
   }
-}
-
-absl::Status CheckWriteTokens(const WriteTokensArgs& args) {
-  CKV_RETURN_IF_ERROR(CheckBatch(Batch(&args.slot, 1), args.layer_begin));
-  if (args.slot.active == 0) return absl::OkStatus();
-  const StateLayout& layout = *args.slot.layout;
-  if (uint64_t{args.layer_begin} + args.layer_count > layout.layers) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("layers ", args.layer_begin, " + ", args.layer_count, " of ", layout.layers));
-  }
-  if (uint64_t{args.position} + args.count > layout.max_tokens ||
-      args.length_after > layout.max_tokens) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("position ", args.position, " + count ", args.count, " or length_after ",
-                     args.length_after, " exceeds max_tokens, ", layout.max_tokens));
-  }
-  if (args.count > 0 && args.layer_count > 0 &&
-      (args.source.k == nullptr || args.source.v == nullptr)) {
-    return absl::InvalidArgumentError("source of K or V is null");
-  }
-  return absl::OkStatus();
 }
 
 void BeginSlot(const BatchSlot& slot) {
@@ -159,6 +114,11 @@ absl::Status HostDecodeOps::WriteTokens(Stream& stream, const WriteTokensArgs& a
   });
 }
 
+absl::Status HostDecodeOps::LoadBatch(Stream& stream, Batch batch) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
+  return EnqueueOn(stream, [] { return absl::OkStatus(); });  // each call brings its batch along
+}
+
 absl::Status HostDecodeOps::BeginStep(Stream& stream, Batch batch) {
   CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
   return EnqueueOn(stream, [batch] {
@@ -171,10 +131,7 @@ absl::Status HostDecodeOps::BeginStep(Stream& stream, Batch batch) {
 
 absl::Status HostDecodeOps::Append(Stream& stream, Batch batch, uint32_t layer,
                                    const KvSource& source) {
-  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
-  if (source.k == nullptr || source.v == nullptr) {
-    return absl::InvalidArgumentError("source of K or V is null");
-  }
+  CKV_RETURN_IF_ERROR(CheckAppend(batch, layer, source));
   return EnqueueOn(stream, [batch, layer, source] {
     for (size_t i = 0; i < batch.size(); ++i) {
       if (!IsCurrent(batch[i])) continue;
@@ -185,6 +142,12 @@ absl::Status HostDecodeOps::Append(Stream& stream, Batch batch, uint32_t layer,
         const size_t offset = i * source.batch_stride + kv_head * source.head_stride;
         WriteToken(view, view.layout().head_index(layer, kv_head), length - 1, source.k + offset,
                    source.v + offset);
+        if (batch[i].tail != nullptr) {
+          std::byte* const tail =
+              batch[i].tail + 2 * layer * batch[i].tail_stride + kv_head * view.mean_bytes();
+          std::memcpy(tail, source.k + offset, view.mean_bytes());
+          std::memcpy(tail + batch[i].tail_stride, source.v + offset, view.mean_bytes());
+        }
       }
     }
     return absl::OkStatus();
@@ -193,14 +156,7 @@ absl::Status HostDecodeOps::Append(Stream& stream, Batch batch, uint32_t layer,
 
 absl::Status HostDecodeOps::Select(Stream& stream, Batch batch, uint32_t layer,
                                    const QuerySource& queries, uint32_t budget_tokens) {
-  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
-  if (queries.q == nullptr) return absl::InvalidArgumentError("the queries are null");
-  for (const BatchSlot& slot : batch) {
-    if (slot.active == 0 || budget_tokens <= slot.layout->budget_tokens) continue;
-    return absl::InvalidArgumentError(absl::StrCat("budget_tokens is ", budget_tokens,
-                                                   "; allowed: at most the registered ",
-                                                   slot.layout->budget_tokens));
-  }
+  CKV_RETURN_IF_ERROR(CheckSelect(batch, layer, queries, budget_tokens));
   return EnqueueOn(stream, [this, batch, layer, queries, budget_tokens] {
     ForEachHead(pool_, batch, [&](size_t index, uint32_t kv_head) {
       if (!IsCurrent(batch[index])) return;
@@ -231,9 +187,7 @@ absl::Status HostDecodeOps::Fetch(Stream& stream, Batch batch, uint32_t layer) {
 
 absl::Status HostDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
                                    const QuerySource& queries, const AttentionTarget& target) {
-  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
-  if (queries.q == nullptr) return absl::InvalidArgumentError("the queries are null");
-  if (target.out == nullptr) return absl::InvalidArgumentError("the output is null");
+  CKV_RETURN_IF_ERROR(CheckAttend(batch, layer, queries, target));
   return EnqueueOn(stream, [this, batch, layer, queries, target] {
     ForEachHead(pool_, batch, [&](size_t index, uint32_t kv_head) {
       const BatchSlot& slot = batch[index];
@@ -248,11 +202,7 @@ absl::Status HostDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
 }
 
 absl::Status HostDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) {
-  CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
-  if (errors.size() < batch.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("errors has room for ", errors.size(), " slots of a batch of ", batch.size()));
-  }
+  CKV_RETURN_IF_ERROR(CheckEndStep(batch, errors));
   return EnqueueOn(stream, [batch, errors] {
     for (size_t i = 0; i < batch.size(); ++i) {
       errors[i] = 0;

@@ -16,6 +16,7 @@ class HostDecodeOps final : public DecodeOps {
   explicit HostDecodeOps(ThreadPool& pool) : pool_(pool) {}
 
   absl::Status WriteTokens(Stream& stream, const WriteTokensArgs& args) override;
+  absl::Status LoadBatch(Stream& stream, Batch batch) override;
   absl::Status BeginStep(Stream& stream, Batch batch) override;
   absl::Status Append(Stream& stream, Batch batch, uint32_t layer, const KvSource& source) override;
   absl::Status Select(Stream& stream, Batch batch, uint32_t layer, const QuerySource& queries,

@@ -50,12 +50,26 @@ absl::StatusOr<std::unique_ptr<Stream>> HostDevice::CreateStream(const std::stri
   return stream;
 }
 
+absl::StatusOr<std::unique_ptr<Stream>> HostDevice::WrapStream(void* /*native*/) {
+  return absl::InvalidArgumentError("the host backend has no streams of the caller's");
+}
+
 absl::StatusOr<std::unique_ptr<DeviceMemory>> HostDevice::Allocate(size_t bytes) {
   return HostMemory::Allocate(bytes);
 }
 
 absl::StatusOr<std::unique_ptr<DeviceMemory>> HostDevice::AllocateShared(size_t bytes) {
   return HostMemory::AllocateShared(bytes);
+}
+
+absl::StatusOr<std::unique_ptr<DeviceMemory>> HostDevice::AllocatePinned(size_t bytes) {
+  return HostMemory::Allocate(bytes);
+}
+
+absl::StatusOr<std::unique_ptr<HostRegistration>> HostDevice::RegisterHost(std::byte* /*data*/,
+                                                                           size_t /*bytes*/,
+                                                                           MapAccess /*access*/) {
+  return std::make_unique<HostRegistration>();  // the CPU reaches all memory
 }
 
 absl::StatusOr<std::unique_ptr<DeviceMemory>> HostDevice::Import(UniqueFd fd, size_t bytes) {

@@ -21,8 +21,13 @@ class HostDevice final : public Device {
   const std::string& backend() const override { return backend_; }
   const std::string& description() const override { return description_; }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) override;
+  absl::StatusOr<std::unique_ptr<Stream>> WrapStream(void* native) override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(size_t bytes) override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocateShared(size_t bytes) override;
+  absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocatePinned(size_t bytes) override;
+  absl::StatusOr<std::unique_ptr<HostRegistration>> RegisterHost(std::byte* data, size_t bytes,
+                                                                 MapAccess access) override;
+  bool computes_on_host_memory() const override { return true; }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Import(UniqueFd fd, size_t bytes) override;
   DecodeOps& decode_ops() override { return decode_ops_; }
   ClusterOps& cluster_ops() override { return cluster_ops_; }

@@ -194,11 +194,13 @@ TEST_P(OpsConformance, FetchWithoutItsHostChunkIsAnError) {
   TestSequence sequence(*device_, *stream_, TinyScenario(TestSeed()), 1);
   sequence.IngestPrompt(100);
   sequence.PublishComplete();
-  const std::vector<const std::byte*> unmapped(sequence.layout().max_segments, nullptr);
+  const auto unmapped = PinnedChunkTable(*device_, sequence.layout().max_segments);
   TestBuffer queries(*device_, *stream_, 4 * 128);
   const QuerySource source = {.q = queries.data(), .batch_stride = 0, .head_stride = 128};
   DecodeOps& ops = device_->decode_ops();
-  for (const std::byte* const* chunks : {unmapped.data(), (const std::byte* const*)nullptr}) {
+  for (const std::byte* const* chunks :
+       {reinterpret_cast<const std::byte* const*>(unmapped->data()),
+        (const std::byte* const*)nullptr}) {
     BatchSlot slot = sequence.slot();
     slot.host_chunks = chunks;
     const Batch batch(&slot, 1);
@@ -220,7 +222,9 @@ TEST_P(OpsConformance, DamagedStateLeadsNowhereOutsideItself) {
   TestBuffer block(*device_, *stream_, layout.total_bytes + 2 * kGuard);
   // Chunk 0 is large enough for any cluster that passes for one.
   TestBuffer chunk(*device_, *stream_, layout.max_rows * layout.row_bytes());
-  const std::byte* const chunks[] = {chunk.data()};
+  const auto table = PinnedChunkTable(*device_, 1);
+  auto* const chunks = reinterpret_cast<const std::byte**>(table->data());
+  chunks[0] = chunk.data();
   TestBuffer tensors(*device_, *stream_, 1 << 16);
   const QuerySource queries = {.q = tensors.data(), .batch_stride = 0, .head_stride = 128};
   const KvSource kv = {.k = tensors.data(), .v = tensors.data(), .head_stride = 128};

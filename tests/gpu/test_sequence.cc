@@ -48,6 +48,12 @@ void TestBuffer::DownloadBytes(void* destination, size_t offset, size_t bytes) c
   ASSERT_TRUE(stream_.Synchronize().ok());
 }
 
+std::unique_ptr<DeviceMemory> PinnedChunkTable(Device& device, size_t chunks) {
+  auto table = device.AllocatePinned(chunks * sizeof(const std::byte*));
+  EXPECT_TRUE(table.ok()) << table.status();
+  return *std::move(table);
+}
+
 TestSequence::TestSequence(Device& device, Stream& stream, const Scenario& scenario,
                            uint32_t generation)
     : device_(device),
@@ -70,13 +76,13 @@ TestSequence::TestSequence(Device& device, Stream& stream, const Scenario& scena
   tokens_ = std::make_unique<TestBuffer>(device, stream, host_tokens_.size());
   tokens_->Upload(host_tokens_.data(), host_tokens_.size());
   EXPECT_TRUE(device.cluster_ops().Initialize(stream, state_->data(), layout_, generation).ok());
-  chunk_addresses_.resize(layout_.max_segments, nullptr);
+  chunk_addresses_ = PinnedChunkTable(device, layout_.max_segments);
 }
 
 BatchSlot TestSequence::slot() const {
   return {.state = state_->data(),
           .layout = &layout_,
-          .host_chunks = chunk_addresses_.data(),
+          .host_chunks = reinterpret_cast<const std::byte* const*>(chunk_addresses_->data()),
           .generation = generation_,
           .active = 1};
 }
@@ -201,7 +207,7 @@ void TestSequence::Publish(const Segment& segment) {
     }
   }
   chunks_.push_back(std::make_unique<TestBuffer>(device_, stream_, end));
-  chunk_addresses_[chunk] = chunks_.back()->data();
+  reinterpret_cast<const std::byte**>(chunk_addresses_->data())[chunk] = chunks_.back()->data();
 
   StageArgs stage = {.range = tokens(),
                      .range_tokens = scenario_.max_tokens,

@@ -48,6 +48,9 @@ class TestBuffer {
   std::unique_ptr<DeviceMemory> memory_;
 };
 
+// For BatchSlot::host_chunks: null everywhere.
+std::unique_ptr<DeviceMemory> PinnedChunkTable(Device& device, size_t chunks);
+
 struct ModelCluster {
   std::vector<uint32_t> positions;  // ascending
   std::vector<double> centroid, value_mean;
@@ -101,7 +104,7 @@ class TestSequence {
   std::unique_ptr<TestBuffer> state_, tokens_;
   std::vector<std::byte> host_tokens_;
   std::vector<std::unique_ptr<TestBuffer>> chunks_;  // one of each segment
-  std::vector<const std::byte*> chunk_addresses_;
+  std::unique_ptr<DeviceMemory> chunk_addresses_;    // pinned
   std::vector<std::vector<ModelCluster>> clusters_;  // [head_index]
 };
 
