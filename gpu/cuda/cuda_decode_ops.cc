@@ -1,0 +1,149 @@
+#include "gpu/cuda/cuda_decode_ops.h"
+
+#include <cuda_runtime_api.h>
+
+#include "absl/strings/str_cat.h"
+#include "gpu/cuda/cuda_error.h"
+#include "gpu/cuda/cuda_memory.h"
+#include "gpu/cuda/cuda_stream.h"
+#include "gpu/cuda/kernels/decode_kernels.h"
+#include "gpu/decode_checks.h"
+#include "gpu/status_macros.h"
+
+namespace clusterkv::gpu::cuda {
+namespace {
+
+absl::Status CheckDTypes(Batch batch) {
+  for (const BatchSlot& slot : batch) {
+    if (slot.active != 0) CKV_RETURN_IF_ERROR(CheckCudaDType(slot.layout->dtype));
+  }
+  return absl::OkStatus();
+}
+
+TokenSource ToLaunch(const KvSource& source) {
+  return {.k = source.k,
+          .v = source.v,
+          .batch_stride = source.batch_stride,
+          .layer_stride = source.layer_stride,
+          .token_stride = source.token_stride,
+          .head_stride = source.head_stride};
+}
+
+QueryLaunch ToLaunch(const QuerySource& queries) {
+  return {.q = queries.q, .batch_stride = queries.batch_stride, .head_stride = queries.head_stride};
+}
+
+// A batch is ready for its launches: `body(native, loaded)`, unless no slot is active.
+template <typename Body>
+absl::Status WithBatch(Stream& stream, Batch batch, const char* what, const Body& body) {
+  CKV_ASSIGN_OR_RETURN(CudaStream* const native, NativeStream(stream));
+  CKV_RETURN_IF_ERROR(CheckDTypes(batch));
+  CKV_ASSIGN_OR_RETURN(const CudaStream::LoadedBatch loaded, native->Load(batch));
+  if (loaded.shape.kv_heads == 0) return absl::OkStatus();
+  const ScopedDevice device(native->ordinal());
+  return ToStatus(body(*native, loaded), what);
+}
+
+}  // namespace
+
+absl::Status CudaDecodeOps::WriteTokens(Stream& stream, const WriteTokensArgs& args) {
+  CKV_RETURN_IF_ERROR(CheckWriteTokens(args));
+  CKV_ASSIGN_OR_RETURN(CudaStream* const native, NativeStream(stream));
+  if (args.slot.active == 0) return absl::OkStatus();
+  CKV_RETURN_IF_ERROR(CheckCudaDType(args.slot.layout->dtype));
+  WriteTokensLaunch launch = {};
+  launch.slot.state = args.slot.state;
+  launch.slot.generation = args.slot.generation;
+  launch.slot.active = 1;
+  launch.slot.block = *args.slot.layout;
+  launch.source = ToLaunch(args.source);
+  launch.layer_begin = args.layer_begin;
+  launch.layer_count = args.layer_count;
+  launch.position = args.position;
+  launch.count = args.count;
+  launch.length_after = args.length_after;
+  const ScopedDevice device(native->ordinal());
+  return ToStatus(LaunchWriteTokens(launch, native->native()), "writing tokens");
+}
+
+absl::Status CudaDecodeOps::LoadBatch(Stream& stream, Batch batch) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
+  return WithBatch(stream, batch, "loading a batch",
+                   [](CudaStream&, const CudaStream::LoadedBatch&) { return cudaSuccess; });
+}
+
+absl::Status CudaDecodeOps::BeginStep(Stream& stream, Batch batch) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
+  return WithBatch(stream, batch, "beginning a step",
+                   [](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
+                     return LaunchBeginStep(loaded.shape, native.native());
+                   });
+}
+
+absl::Status CudaDecodeOps::Append(Stream& stream, Batch batch, uint32_t layer,
+                                   const KvSource& source) {
+  CKV_RETURN_IF_ERROR(CheckAppend(batch, layer, source));
+  return WithBatch(stream, batch, "appending",
+                   [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
+                     return LaunchAppend(loaded.shape, layer, ToLaunch(source), native.native());
+                   });
+}
+
+absl::Status CudaDecodeOps::Select(Stream& stream, Batch batch, uint32_t layer,
+                                   const QuerySource& queries, uint32_t budget_tokens) {
+  CKV_RETURN_IF_ERROR(CheckSelect(batch, layer, queries, budget_tokens));
+  return WithBatch(stream, batch, "selecting",
+                   [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
+                     return LaunchSelect(loaded.shape, layer, ToLaunch(queries), budget_tokens,
+                                         loaded.clusters, native.native());
+                   });
+}
+
+absl::Status CudaDecodeOps::Fetch(Stream& stream, Batch batch, uint32_t layer) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
+  return WithBatch(stream, batch, "fetching",
+                   [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
+                     return LaunchFetch(loaded.shape, layer, native.native());
+                   });
+}
+
+absl::Status CudaDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
+                                   const QuerySource& queries, const AttentionTarget& target) {
+  CKV_RETURN_IF_ERROR(CheckAttend(batch, layer, queries, target));
+  const OutputLaunch output = {.out = target.out,
+                               .batch_stride = target.batch_stride,
+                               .head_stride = target.head_stride,
+                               .lse = target.lse,
+                               .lse_batch_stride = target.lse_batch_stride};
+  return WithBatch(stream, batch, "attending",
+                   [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
+                     return LaunchAttend(loaded.shape, layer, ToLaunch(queries), output,
+                                         loaded.parts, native.native());
+                   });
+}
+
+absl::Status CudaDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) {
+  CKV_RETURN_IF_ERROR(CheckEndStep(batch, errors));
+  std::fill_n(errors.begin(), batch.size(), 0);
+  cudaPointerAttributes attributes = {};
+  if (!batch.empty()) (void)cudaPointerGetAttributes(&attributes, errors.data());
+  const bool pinned = attributes.type == cudaMemoryTypeHost;
+  return WithBatch(
+      stream, batch, "ending a step",
+      [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) -> cudaError_t {
+        if (pinned) return LaunchEndStep(loaded.shape, errors.data(), native.native());
+        const size_t bytes = batch.size() * sizeof(uint32_t);
+        void* found = nullptr;
+        cudaError_t error = cudaMallocAsync(&found, bytes, native.native());
+        if (error != cudaSuccess) return error;
+        error = LaunchEndStep(loaded.shape, static_cast<uint32_t*>(found), native.native());
+        if (error == cudaSuccess) {
+          error =
+              cudaMemcpyAsync(errors.data(), found, bytes, cudaMemcpyDeviceToHost, native.native());
+        }
+        const cudaError_t freed = cudaFreeAsync(found, native.native());
+        return error != cudaSuccess ? error : freed;
+      });
+}
+
+}  // namespace clusterkv::gpu::cuda

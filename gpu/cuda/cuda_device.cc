@@ -1,0 +1,107 @@
+#include "gpu/cuda/cuda_device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "gpu/cuda/cuda_error.h"
+#include "gpu/cuda/cuda_memory.h"
+#include "gpu/cuda/cuda_stream.h"
+#include "gpu/status_macros.h"
+
+namespace clusterkv::gpu::cuda {
+namespace {
+
+// mma.sync of bf16, cp.async.
+constexpr int kLeastMajor = 8;
+
+std::string UuidOf(const cudaDeviceProp& properties) {
+  std::string uuid = "GPU-";
+  for (int i = 0; i < 16; ++i) {
+    if (i == 4 || i == 6 || i == 8 || i == 10) uuid += '-';
+    absl::StrAppendFormat(&uuid, "%02x", static_cast<unsigned char>(properties.uuid.bytes[i]));
+  }
+  return uuid;
+}
+
+absl::StatusOr<int> FindDevice(const std::string& wanted, int count) {
+  if (wanted.empty()) return 0;
+  int index = 0;
+  if (absl::SimpleAtoi(wanted, &index)) {
+    if (index >= 0 && index < count) return index;
+    return absl::InvalidArgumentError(
+        absl::StrCat("device ", index, "; allowed: below ", count, ", or a UUID"));
+  }
+  std::string known;
+  for (index = 0; index < count; ++index) {
+    cudaDeviceProp properties = {};
+    CKV_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, index), "reading properties");
+    const std::string uuid = UuidOf(properties);
+    if (uuid == wanted) return index;
+    absl::StrAppend(&known, " ", uuid);
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("device \"", wanted, "\" is not there; these are:", known));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& device) {
+  int count = 0;
+  CKV_RETURN_IF_CUDA_ERROR(cudaGetDeviceCount(&count), "looking for devices");
+  if (count == 0) return absl::UnavailableError("CUDA: there is no device");
+  CKV_ASSIGN_OR_RETURN(const int ordinal, FindDevice(device, count));
+  cudaDeviceProp properties = {};
+  CKV_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, ordinal), "reading properties");
+  if (properties.major < kLeastMajor) {
+    return absl::UnavailableError(
+        absl::StrCat("CUDA: ", properties.name, " has compute capability ", properties.major, ".",
+                     properties.minor, "; needed: ", kLeastMajor, ".0 or later"));
+  }
+  CKV_ASSIGN_OR_RETURN(const CudaDriver driver, CudaDriver::Load());
+  const ScopedDevice current(ordinal);
+  CKV_RETURN_IF_CUDA_ERROR(cudaFree(nullptr), "making a context");
+  return std::unique_ptr<Device>(new CudaDevice(
+      ordinal,
+      absl::StrCat(properties.name, ", ", UuidOf(properties), ", ", properties.totalGlobalMem >> 20,
+                   " MiB, ", properties.multiProcessorCount, " multiprocessors"),
+      driver));
+}
+
+absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::CreateStream(const std::string& name) {
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, CudaStream::Create(ordinal_, name));
+  return stream;
+}
+
+absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::WrapStream(void* native) {
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream,
+                       CudaStream::Wrap(ordinal_, static_cast<cudaStream_t>(native)));
+  return stream;
+}
+
+absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::Allocate(size_t bytes) {
+  return AllocatePrivate(ordinal_, bytes);
+}
+
+absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::AllocateShared(size_t bytes) {
+  return AllocateVirtual(driver_, ordinal_, bytes);
+}
+
+absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::AllocatePinned(size_t bytes) {
+  return AllocatePinnedHost(ordinal_, bytes);
+}
+
+absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::Import(UniqueFd fd, size_t bytes) {
+  return ImportVirtual(driver_, ordinal_, std::move(fd), bytes);
+}
+
+absl::StatusOr<std::unique_ptr<HostRegistration>> CudaDevice::RegisterHost(std::byte* data,
+                                                                           size_t bytes,
+                                                                           MapAccess access) {
+  return RegisterHostMemory(ordinal_, data, bytes, access);
+}
+
+}  // namespace clusterkv::gpu::cuda

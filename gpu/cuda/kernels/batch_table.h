@@ -1,0 +1,56 @@
+// What the kernels of a decode step know of their batch: one table a stream, in device memory, that
+// launches point to instead of carrying arguments (design D11). A captured graph can be replayed
+// after the table has changed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "gpu/state_block.h"
+
+namespace clusterkv::gpu::cuda {
+
+constexpr uint32_t kMaxBatch = 512;
+constexpr uint32_t kMaxGroup = 16;     // query heads that share a KV head
+constexpr uint32_t kRowsPerPart = 64;  // rows that one block of Attend reads
+
+struct DeviceSlot {
+  std::byte* state;
+  const std::byte* const* host_chunks;
+  std::byte* tail;       // where this step's token goes in the ingest ring; null: nowhere
+  uint64_t tail_stride;  // bytes from a layer's K to its V, and from there to the next layer's K
+  uint32_t generation;
+  uint32_t active;
+  StateBlock block;
+};
+
+// Memory of the layer that is being decoded, shared by the whole batch; for [slot][kv_head].
+struct DecodeScratch {
+  float* scores;     // [score_stride]: [group][clusters], then the group's keys in the first
+  uint64_t* chosen;  // [chosen_stride]: key and id of what was selected, or of victims
+  uint32_t* taken;   // [clusters]: tokens attended exactly, for the estimate
+  float* partials;   // [parts][group][head_dim + 2]: output, largest logit, sum
+  uint32_t* select_tickets;  // [1]: blocks that have scored
+  uint32_t* attend_tickets;  // [1]: blocks that have attended
+  uint32_t clusters;         // the most of any slot
+  uint32_t score_stride;     // at least two rows
+  uint32_t chosen_stride;    // the power of two from there
+  uint32_t parts;
+};
+
+struct BatchTable {
+  uint32_t count;
+  DecodeScratch scratch;
+  DeviceSlot slots[kMaxBatch];
+};
+
+// What a kernel found wrong: kept in pinned memory, first come first kept; Synchronize reports it.
+enum class KernelFault : uint32_t {
+  kNone = 0,
+  kDamagedState = 1,     // an index in the state leads outside it
+  kChunkNotMapped = 2,   // value: the host chunk
+  kSizesDoNotAddUp = 3,  // value: the segment
+  kOrderOutsideRun = 4,
+};
+
+}  // namespace clusterkv::gpu::cuda

@@ -1,0 +1,320 @@
+// Fetch: the cluster cache of one (layer, KV head), by one block.
+//
+//   selected ─► resident? ─yes─► touched          slots of the first `take` rows of each
+//                  └─no──► slots (free, else the   ──────────────────────────────────────► table
+//                          least recently used's) ─► rows gathered from the host store
+//
+// Without misses: a few dependent reads of L2, a handful of barriers. Misses cost the way over
+// PCIe: their rows are read straight from pinned host memory by all warps of the block, 4 KiB in
+// flight for each, whatever cluster they belong to. What is chosen, touched and evicted is what the
+// host backend would; which free slot a row gets is not determined, and shows nowhere.
+#include "gpu/cuda/kernels/decode_kernels.h"
+#include "gpu/cuda/kernels/state_access.cuh"
+#include "gpu/cuda/kernels/weighted_prefix.cuh"
+
+namespace clusterkv::gpu::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kWarps = kThreads / 32;
+constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit shared memory
+constexpr uint32_t kInFlight = 8;     // 16-byte loads of a lane
+
+struct FetchShared {
+  uint32_t hits, hit_tokens, misses, missed_tokens;
+  uint32_t freed;  // free slots, going up while clusters are evicted
+  bool damaged;
+  uint32_t warp_sums[3][kWarps];
+  // Of kThreads selected clusters at a time: where each one's slots begin in the table; and the
+  // misses among them, with where each one's rows begin among all missed rows of these.
+  uint32_t table_begin[kThreads];
+  uint32_t miss_begin[kThreads + 1];
+  uint32_t miss_first_row[kThreads];
+  const std::byte* miss_source[kThreads];
+  PrefixShared prefix;
+  uint32_t keys[kInShared], weights[kInShared];
+};
+
+struct Sums {
+  uint32_t values[3];
+};
+
+// Sums over the threads before this one; the totals to all.
+__device__ Sums ExclusiveSums(const Sums& own, Sums& totals, FetchShared& shared) {
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Sums before;
+  for (int v = 0; v < 3; ++v) {
+    uint32_t sum = own.values[v];
+    for (uint32_t step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += other;
+    }
+    before.values[v] = sum - own.values[v];
+    if (lane == 31) shared.warp_sums[v][warp] = sum;
+  }
+  __syncthreads();
+  for (int v = 0; v < 3; ++v) {
+    totals.values[v] = 0;
+    for (uint32_t w = 0; w < kWarps; ++w) {
+      if (w < warp) before.values[v] += shared.warp_sums[v][w];
+      totals.values[v] += shared.warp_sums[v][w];
+    }
+  }
+  __syncthreads();
+  return before;
+}
+
+__device__ const std::byte* LoadHostChunk(const std::byte* const* chunks, uint32_t chunk) {
+  const std::byte* address;
+  asm volatile("ld.acquire.sys.u64 %0, [%1];" : "=l"(address) : "l"(chunks + chunk) : "memory");
+  return address;
+}
+
+// The last begin that is not above `row`; begins[0] = 0.
+__device__ uint32_t FindMiss(const uint32_t* begins, uint32_t misses, uint32_t row) {
+  uint32_t low = 0, high = misses;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (begins[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+// Frees the slots of the least recently used clusters until `needed` more are free.
+__device__ void Evict(const DeviceState& state, size_t head, uint32_t clusters, uint32_t needed,
+                      const DecodeScratch& scratch, size_t item, FetchShared& shared) {
+  const StateBlock& block = state.block();
+  const ClusterEntry* const entries = state.clusters(head);
+  uint32_t* const last_used = state.last_used(head);
+  const uint32_t step = state.latch().step;
+  const bool in_shared = clusters <= kInShared;
+  // Select is done with the first query head's scores; what the estimate needs stays.
+  uint32_t* const keys =
+      in_shared ? shared.keys
+                : reinterpret_cast<uint32_t*>(scratch.scores + item * scratch.score_stride);
+  uint32_t* const weights = in_shared ? shared.weights : keys + scratch.clusters;
+  for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
+    const uint32_t used = last_used[c];
+    // Least recently used first. 0 is no victim: not resident, or of this step.
+    keys[c] = used == 0 || used == step ? 0 : max(1u, ~used);
+    weights[c] = state.ClusterTokens(entries[c]);
+  }
+  __syncthreads();
+  uint64_t* const victims = scratch.chosen + item * scratch.chosen_stride;
+  const uint32_t count = ChoosePrefix(keys, weights, clusters, needed, victims, shared.prefix);
+  uint32_t* const free_slots = state.free_slots(head);
+  const uint32_t* const slot_of_row = state.slot_of_row(head);
+  const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t i = threadIdx.x / 32; i < count; i += kWarps) {
+    const uint32_t cluster = ItemId(victims[i]);
+    const ClusterEntry entry = entries[cluster];
+    const uint32_t tokens = state.ClusterTokens(entry);
+    uint32_t first = 0;
+    if (lane == 0) {
+      first = atomicAdd(&shared.freed, tokens);
+      last_used[cluster] = 0;
+    }
+    first = __shfl_sync(0xffffffffu, first, 0);
+    if (uint64_t{first} + tokens > block.cache_tokens) {
+      shared.damaged = true;
+      continue;
+    }
+    for (uint32_t row = lane; row < tokens; row += 32) {
+      free_slots[first + row] = slot_of_row[entry.first_row + row];
+    }
+  }
+  __syncthreads();
+}
+
+// Slots for `rows` missed rows, from the stack's top, and their K and V into them. All threads.
+__device__ void Load(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
+                     uint32_t top, FetchShared& shared) {
+  const uint32_t cache_tokens = state.block().cache_tokens;
+  const uint32_t* const free_slots = state.free_slots(head);
+  uint32_t* const slot_of_row = state.slot_of_row(head);
+  for (uint32_t row = threadIdx.x; row < rows; row += kThreads) {
+    const uint32_t miss = FindMiss(shared.miss_begin, misses, row);
+    const uint32_t slot = free_slots[top - 1 - row];
+    if (slot >= cache_tokens) shared.damaged = true;
+    slot_of_row[shared.miss_first_row[miss] + row - shared.miss_begin[miss]] = slot;
+  }
+  __syncthreads();
+  if (shared.damaged) return;
+  // A cluster's rows are contiguous in the host store, and scatter over the cache.
+  const auto row_words = static_cast<uint32_t>(state.row_bytes() / 16);
+  const uint32_t words = rows * row_words;
+  const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t begin = threadIdx.x / 32 * 32 * kInFlight; begin < words;
+       begin += kThreads * kInFlight) {
+    uint4 values[kInFlight];
+#pragma unroll
+    for (uint32_t i = 0; i < kInFlight; ++i) {
+      const uint32_t word = begin + i * 32 + lane;
+      if (word >= words) continue;
+      const uint32_t row = word / row_words;
+      const uint32_t miss = FindMiss(shared.miss_begin, misses, row);
+      const std::byte* const source =
+          shared.miss_source[miss] + (row - shared.miss_begin[miss]) * state.row_bytes();
+      values[i] = __ldcs(reinterpret_cast<const uint4*>(source) + word % row_words);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kInFlight; ++i) {
+      const uint32_t word = begin + i * 32 + lane;
+      if (word >= words) continue;
+      const uint32_t slot = free_slots[top - 1 - word / row_words];
+      reinterpret_cast<uint4*>(state.cache(head, slot))[word % row_words] = values[i];
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    FetchKernel(const BatchTable* table, uint32_t layer, uint32_t* fault) {
+  __shared__ FetchShared shared;
+  const DeviceSlot* const slot = ActiveSlot(table, blockIdx.y);
+  if (slot == nullptr) return;
+  const DeviceState state(*slot);
+  if (!state.IsCurrent()) return;
+  const StateBlock& block = state.block();
+  const uint32_t kv_head = blockIdx.x;
+  const size_t head = HeadIndex(block, layer, kv_head);
+  const size_t item = size_t{blockIdx.y} * gridDim.x + kv_head;
+  const uint32_t clusters = min(state.VisibleClusters(head), table->scratch.clusters);
+  const uint32_t step = state.latch().step;
+  const uint32_t count = min(state.selected_count(kv_head), block.budget_tokens);
+  const uint32_t* const selected = state.selected_cluster(kv_head);
+  uint32_t* const last_used = state.last_used(head);
+  const ClusterEntry* const entries = state.clusters(head);
+  if (threadIdx.x == 0) {
+    shared.hits = shared.hit_tokens = shared.misses = shared.missed_tokens = 0;
+    shared.damaged = false;
+    shared.freed = state.free_count(head);
+  }
+  __syncthreads();
+
+  // Hits first: what this step uses must not make room for its misses.
+  uint32_t hits = 0, hit_tokens = 0, misses = 0, missed_tokens = 0;
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+    const uint32_t cluster = selected[i];
+    if (cluster >= clusters) {
+      shared.damaged = true;
+      continue;
+    }
+    const uint32_t tokens = state.ClusterTokens(entries[cluster]);
+    if (last_used[cluster] != 0) {
+      last_used[cluster] = step;
+      ++hits, hit_tokens += tokens;
+    } else {
+      ++misses, missed_tokens += tokens;
+    }
+  }
+  if (hits > 0) atomicAdd(&shared.hits, hits), atomicAdd(&shared.hit_tokens, hit_tokens);
+  if (misses > 0)
+    atomicAdd(&shared.misses, misses), atomicAdd(&shared.missed_tokens, missed_tokens);
+  __syncthreads();
+  const uint32_t needed = shared.missed_tokens;
+  if (shared.damaged || shared.freed > block.cache_tokens || needed > block.cache_tokens) {
+    if (threadIdx.x == 0) {
+      state.slot_count(kv_head) = 0;
+      Report(fault, KernelFault::kDamagedState, layer);
+    }
+    return;
+  }
+  if (needed > shared.freed) {
+    Evict(state, head, clusters, needed - shared.freed, table->scratch, item, shared);
+    if (shared.damaged || shared.freed < needed) {
+      if (threadIdx.x == 0) {
+        state.slot_count(kv_head) = 0;
+        Report(fault, KernelFault::kDamagedState, layer);
+      }
+      return;
+    }
+  }
+  const uint32_t free = shared.freed;
+  __syncthreads();
+
+  // Where each cluster's rows begin in the table, and each miss's slots on the stack.
+  const uint32_t* const take = state.selected_take(kv_head);
+  uint32_t* const slot_table = state.slot_table(kv_head);
+  uint32_t table_begin = 0, missed_begin = 0;
+  for (uint32_t begin = 0; begin < count; begin += kThreads) {
+    const uint32_t i = begin + threadIdx.x;
+    uint32_t cluster = 0, tokens = 0, attended = 0;
+    bool missed = false;
+    if (i < count) {
+      cluster = selected[i];
+      tokens = state.ClusterTokens(entries[cluster]);
+      attended = min(min(take[i], tokens), block.budget_tokens);
+      missed = last_used[cluster] == 0;
+    }
+    Sums totals;
+    const Sums before =
+        ExclusiveSums({{attended, missed ? tokens : 0, missed ? 1u : 0u}}, totals, shared);
+    shared.table_begin[threadIdx.x] = table_begin + before.values[0];
+    if (missed) {
+      const ClusterEntry entry = entries[cluster];
+      const std::byte* const chunk =
+          slot->host_chunks == nullptr ? nullptr : LoadHostChunk(slot->host_chunks, entry.chunk);
+      if (chunk == nullptr) {
+        Report(fault, KernelFault::kChunkNotMapped, entry.chunk);
+        shared.damaged = true;
+      }
+      const uint32_t miss = before.values[2];
+      shared.miss_begin[miss] = before.values[1];
+      shared.miss_first_row[miss] = entry.first_row;
+      shared.miss_source[miss] = chunk + size_t{16} * entry.chunk_offset;
+    }
+    __syncthreads();
+    if (shared.damaged) break;
+    if (totals.values[2] > 0) {
+      Load(state, head, totals.values[2], totals.values[1], free - missed_begin, shared);
+      __syncthreads();
+      if (shared.damaged) break;
+      if (missed) last_used[cluster] = step;
+    }
+    // A warp for each cluster, in turn.
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t j = threadIdx.x / 32; j < min(kThreads, count - begin); j += kWarps) {
+      const ClusterEntry entry = entries[selected[begin + j]];
+      const uint32_t used = min(take[begin + j], state.ClusterTokens(entry));
+      const uint32_t* const slot_of_row = state.slot_of_row(head) + entry.first_row;
+      for (uint32_t row = lane; row < used; row += 32) {
+        const uint32_t cache_slot = slot_of_row[row];
+        const uint32_t place = shared.table_begin[j] + row;
+        if (cache_slot >= block.cache_tokens) shared.damaged = true;
+        if (place < block.budget_tokens) slot_table[place] = cache_slot;
+      }
+    }
+    table_begin += totals.values[0];
+    missed_begin += totals.values[1];
+    __syncthreads();
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (shared.damaged) {
+    state.free_count(head) = free - missed_begin;
+    state.slot_count(kv_head) = 0;
+    Report(fault, KernelFault::kDamagedState, layer);
+    return;
+  }
+  state.free_count(head) = free - needed;
+  state.slot_count(kv_head) = min(table_begin, block.budget_tokens);
+  LayerCounters& counters = state.counters(layer);
+  const auto add = [](uint64_t& counter, uint64_t amount) {
+    if (amount > 0) atomicAdd(reinterpret_cast<unsigned long long*>(&counter), amount);
+  };
+  add(counters.hit_clusters, shared.hits);
+  add(counters.missed_clusters, shared.misses);
+  add(counters.hit_tokens, shared.hit_tokens);
+  add(counters.missed_tokens, needed);
+  add(counters.gathered_bytes, needed * state.row_bytes());
+}
+
+}  // namespace
+
+cudaError_t LaunchFetch(const BatchShape& shape, uint32_t layer, cudaStream_t stream) {
+  const dim3 grid(shape.kv_heads, shape.count);
+  FetchKernel<<<grid, kThreads, 0, stream>>>(shape.table, layer, shape.fault);
+  return cudaGetLastError();
+}
+
+}  // namespace clusterkv::gpu::cuda

@@ -1,0 +1,305 @@
+// Select: which clusters a KV head attends to (ClusterKV section III-C, shared by its query heads).
+//
+//   blocks (split, KV head, slot):  scores q·mu * scale of a range of centroids ─► scratch
+//   the last block of a head:       group rule ─► keys ─► prefix to the budget ─► lists
+//
+// Reads each visible centroid once, group x head_dim x 2 FLOPs for each; the second part is
+// latency: about a dozen barriers over data in L2. The host backend chooses the same wherever
+// scores differ by more than rounding.
+#include <cfloat>
+
+#include "gpu/cuda/kernels/decode_kernels.h"
+#include "gpu/cuda/kernels/numeric.cuh"
+#include "gpu/cuda/kernels/state_access.cuh"
+#include "gpu/cuda/kernels/weighted_prefix.cuh"
+
+namespace clusterkv::gpu::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kUnroll = 4;          // centroids in flight for each group of lanes
+constexpr uint32_t kLeastPerBlock = 64;  // centroids that are worth a block
+constexpr uint32_t kInShared = 2048;     // clusters whose keys and sizes fit shared memory
+
+template <int kHeadDim>
+__host__ __device__ constexpr uint32_t LanesPerRow() {
+  return kHeadDim == 64 ? 8 : kHeadDim == 256 ? 32 : 16;  // of 96, a quarter idles
+}
+
+struct SelectShared {
+  float queries[kMaxGroup * 256];  // scaled; [group][head_dim]
+  float largest[kMaxGroup], inverse_sum[kMaxGroup];
+  bool last;
+  PrefixShared prefix;
+  uint32_t keys[kInShared], weights[kInShared];
+};
+
+template <typename Storage, int kHeadDim>
+__device__ void LoadQueries(const QueryLaunch& queries, uint32_t slot, uint32_t kv_head,
+                            uint32_t group, float scale, float* shared) {
+  for (uint32_t i = threadIdx.x; i < group * kHeadDim / 2; i += blockDim.x) {
+    const uint32_t head = i / (kHeadDim / 2);
+    const std::byte* const from = queries.q + slot * queries.batch_stride +
+                                  (kv_head * group + head) * queries.head_stride +
+                                  i % (kHeadDim / 2) * 4;
+    // Two elements; the caller's rows need not be aligned to more than one.
+    const auto* const halves = reinterpret_cast<const uint16_t*>(from);
+    const float2 pair = Storage::ToFloat2(halves[0] | uint32_t{halves[1]} << 16);
+    shared[2 * i] = pair.x * scale;
+    shared[2 * i + 1] = pair.y * scale;
+  }
+}
+
+// scores[g * stride + c] for c in [begin, end).
+template <typename Storage, int kHeadDim>
+__device__ void Score(const std::byte* centroids, uint32_t begin, uint32_t end, uint32_t group,
+                      const float* queries, float* scores, uint32_t stride) {
+  constexpr uint32_t kLanes = LanesPerRow<kHeadDim>();
+  const uint32_t lane = threadIdx.x % kLanes;
+  const uint32_t team = threadIdx.x / kLanes;
+  const uint32_t teams = kThreads / kLanes;
+  const bool loads = lane * 8 < kHeadDim;
+  for (uint32_t first = begin; first < end; first += teams * kUnroll) {
+    uint4 raw[kUnroll];
+#pragma unroll
+    for (uint32_t u = 0; u < kUnroll; ++u) {
+      const uint32_t cluster = first + u * teams + team;
+      raw[u] = make_uint4(0, 0, 0, 0);
+      if (loads && cluster < end) {
+        raw[u] = __ldg(reinterpret_cast<const uint4*>(centroids + size_t{cluster} * kHeadDim * 2) +
+                       lane);
+      }
+    }
+    float rows[kUnroll][8];
+#pragma unroll
+    for (uint32_t u = 0; u < kUnroll; ++u) ToFloat8<Storage>(raw[u], rows[u]);
+    for (uint32_t g = 0; g < group; ++g) {
+      float query[8] = {};
+      if (loads) {
+        const auto* const from = reinterpret_cast<const float4*>(queries + g * kHeadDim) + 2 * lane;
+        const float4 low = from[0], high = from[1];
+        query[0] = low.x, query[1] = low.y, query[2] = low.z, query[3] = low.w;
+        query[4] = high.x, query[5] = high.y, query[6] = high.z, query[7] = high.w;
+      }
+      float dots[kUnroll] = {};
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) dots[u] += query[i] * rows[u][i];
+      }
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (uint32_t step = kLanes / 2; step > 0; step /= 2) {
+          dots[u] += __shfl_xor_sync(0xffffffffu, dots[u], step);
+        }
+        const uint32_t cluster = first + u * teams + team;
+        if (lane == 0 && cluster < end) scores[size_t{g} * stride + cluster] = dots[u];
+      }
+    }
+  }
+}
+
+// Each warp a query head: its largest score and the sum of exponentials.
+__device__ void SumExponentials(const float* scores, uint32_t stride, uint32_t clusters,
+                                uint32_t group, SelectShared& shared) {
+  const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t g = threadIdx.x / 32; g < group; g += kThreads / 32) {
+    const float* const own = scores + size_t{g} * stride;
+    float largest = -FLT_MAX;
+    for (uint32_t c = lane; c < clusters; c += 32) largest = fmaxf(largest, own[c]);
+    for (uint32_t step = 16; step > 0; step /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    }
+    float sum = 0.0f;
+    for (uint32_t c = lane; c < clusters; c += 32) sum += expf(own[c] - largest);
+    for (uint32_t step = 16; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    }
+    if (lane == 0) {
+      shared.largest[g] = largest;
+      shared.inverse_sum[g] = 1.0f / sum;
+    }
+  }
+}
+
+// Integers that order as the scores do; NaN goes last, and 0 is kept for "no item".
+__device__ uint32_t OrderedKey(float score) {
+  if (isnan(score)) return 1;
+  const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 ties with 0
+  return max(2u, (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u);
+}
+
+__device__ float Combine(GroupRule rule, const float* scores, uint32_t stride, uint32_t cluster,
+                         uint32_t group, const SelectShared& shared) {
+  float combined = rule == GroupRule::kMax ? scores[cluster] : 0.0f;
+  for (uint32_t g = 0; g < group; ++g) {
+    const float own = scores[size_t{g} * stride + cluster];
+    if (rule == GroupRule::kSoftmax) {
+      combined += expf(own - shared.largest[g]) * shared.inverse_sum[g];
+    } else if (rule == GroupRule::kMax) {
+      combined = fmaxf(combined, own);
+    } else {
+      combined += own / static_cast<float>(group);
+    }
+  }
+  return combined;
+}
+
+// The second part, by one block. `scores` are complete.
+__device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_head, uint32_t budget,
+                       uint32_t group, uint32_t clusters, float* scores, uint32_t stride,
+                       uint64_t* chosen, uint32_t* taken, SelectShared& shared) {
+  const StateBlock& block = state.block();
+  const size_t head = HeadIndex(block, layer, kv_head);
+  const ClusterEntry* const entries = state.clusters(head);
+  const GroupRule rule = block.group;
+  if (rule == GroupRule::kSoftmax) SumExponentials(scores, stride, clusters, group, shared);
+  __syncthreads();
+  // Small enough they stay in shared memory; else the first head's scores make room for the keys.
+  const bool in_shared = clusters <= kInShared;
+  uint32_t* const keys = in_shared ? shared.keys : reinterpret_cast<uint32_t*>(scores);
+  uint32_t* const weights = in_shared ? shared.weights : taken;
+  for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
+    const uint32_t key = OrderedKey(Combine(rule, scores, stride, c, group, shared));
+    keys[c] = key;
+    weights[c] = state.ClusterTokens(entries[c]);
+  }
+  __syncthreads();
+  uint32_t count = ChoosePrefix(keys, weights, clusters, budget, chosen, shared.prefix);
+  SortFalling(chosen, count);
+  count = min(count, block.budget_tokens);
+  if (block.estimate != 0) {
+    for (uint32_t c = threadIdx.x; !in_shared && c < clusters; c += kThreads) weights[c] = 0;
+    for (uint32_t c = threadIdx.x; in_shared && c < clusters; c += kThreads) taken[c] = 0;
+    __syncthreads();
+  }
+  // All are taken whole but the last, which is trimmed to what is left of the budget.
+  uint32_t* const list = state.selected_cluster(kv_head);
+  uint32_t* const take = state.selected_take(kv_head);
+  uint32_t before = 0;
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+    const uint32_t cluster = ItemId(chosen[i]);
+    const uint32_t tokens = state.ClusterTokens(entries[cluster]);
+    list[i] = cluster;
+    take[i] = tokens;
+    before += i + 1 < count ? tokens : 0;
+  }
+  for (uint32_t step = 16; step > 0; step /= 2) {
+    before += __shfl_xor_sync(0xffffffffu, before, step);
+  }
+  if (threadIdx.x == 0) shared.prefix.left = 0;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0 && before > 0) atomicAdd(&shared.prefix.left, before);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (count > 0) {
+      const uint32_t left = budget - min(budget, shared.prefix.left);
+      take[count - 1] = min(take[count - 1], left);
+    }
+    state.selected_count(kv_head) = count;
+  }
+  if (block.estimate != 0) {
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) taken[list[i]] = take[i];
+  }
+}
+
+template <typename Storage, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    SelectKernel(const BatchTable* table, uint32_t layer, QueryLaunch queries, uint32_t group,
+                 uint32_t budget) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<SelectShared*>(shared_bytes);
+  const DeviceSlot* const slot = ActiveSlot(table, blockIdx.z);
+  if (slot == nullptr) return;
+  const DeviceState state(*slot);
+  if (!state.IsCurrent()) return;
+  const StateBlock& block = state.block();
+  const uint32_t kv_head = blockIdx.y;
+  const size_t head = HeadIndex(block, layer, kv_head);
+  const DecodeScratch& scratch = table->scratch;
+  const uint32_t clusters = min(state.VisibleClusters(head), scratch.clusters);
+  budget = min(budget, block.budget_tokens);
+  const size_t item = size_t{blockIdx.z} * gridDim.y + kv_head;
+  float* const scores = scratch.scores + item * scratch.score_stride;
+
+  const uint32_t share = (clusters + gridDim.x - 1) / gridDim.x;
+  const uint32_t begin = min(clusters, blockIdx.x * share);
+  const uint32_t end = min(clusters, begin + share);
+  LoadQueries<Storage, kHeadDim>(queries, blockIdx.z, kv_head, group, block.softmax_scale,
+                                 shared.queries);
+  __syncthreads();
+  if (budget > 0) {
+    Score<Storage, kHeadDim>(state.centroids(head), begin, end, group, shared.queries, scores,
+                             scratch.clusters);
+  }
+  if (gridDim.x > 1) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const uint32_t ticket = atomicAdd(&scratch.select_tickets[item], 1u);
+      shared.last = ticket + 1 == gridDim.x;
+      if (shared.last) scratch.select_tickets[item] = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!shared.last) return;
+  } else {
+    __syncthreads();
+  }
+  if (clusters == 0 || budget == 0) {
+    if (threadIdx.x == 0) state.selected_count(kv_head) = 0;
+    uint32_t* const taken = scratch.taken + item * scratch.clusters;
+    for (uint32_t c = threadIdx.x; block.estimate != 0 && c < clusters; c += kThreads) taken[c] = 0;
+    return;
+  }
+  Choose(state, layer, kv_head, budget, group, clusters, scores, scratch.clusters,
+         scratch.chosen + item * scratch.chosen_stride, scratch.taken + item * scratch.clusters,
+         shared);
+}
+
+template <typename Storage, int kHeadDim>
+cudaError_t Launch(const BatchShape& shape, uint32_t layer, const QueryLaunch& queries,
+                   uint32_t budget, uint32_t clusters, cudaStream_t stream) {
+  const auto kernel = SelectKernel<Storage, kHeadDim>;
+  const cudaError_t sized = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SelectShared));
+  if (sized != cudaSuccess) return sized;
+  const uint32_t heads = shape.count * shape.kv_heads;
+  uint32_t splits = (2 * static_cast<uint32_t>(shape.multiprocessors) + heads - 1) / heads;
+  const uint32_t most = clusters / kLeastPerBlock;
+  if (splits > most) splits = most;
+  if (splits < 1) splits = 1;
+  const dim3 grid(splits, shape.kv_heads, shape.count);
+  kernel<<<grid, kThreads, sizeof(SelectShared), stream>>>(shape.table, layer, queries, shape.group,
+                                                           budget);
+  return cudaGetLastError();
+}
+
+template <typename Storage>
+cudaError_t LaunchFor(const BatchShape& shape, uint32_t layer, const QueryLaunch& queries,
+                      uint32_t budget, uint32_t clusters, cudaStream_t stream) {
+  switch (shape.head_dim) {
+    case 64:
+      return Launch<Storage, 64>(shape, layer, queries, budget, clusters, stream);
+    case 96:
+      return Launch<Storage, 96>(shape, layer, queries, budget, clusters, stream);
+    case 128:
+      return Launch<Storage, 128>(shape, layer, queries, budget, clusters, stream);
+    case 256:
+      return Launch<Storage, 256>(shape, layer, queries, budget, clusters, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchSelect(const BatchShape& shape, uint32_t layer, const QueryLaunch& queries,
+                         uint32_t budget_tokens, uint32_t clusters, cudaStream_t stream) {
+  return shape.bf16 ? LaunchFor<Bf16>(shape, layer, queries, budget_tokens, clusters, stream)
+                    : LaunchFor<Fp16>(shape, layer, queries, budget_tokens, clusters, stream);
+}
+
+}  // namespace clusterkv::gpu::cuda

@@ -1,0 +1,139 @@
+// Typed access to a sequence's state from kernels; the device's twin of host/state_view.h. What is
+// read from the block is bounded by the layout here, so that a damaged block leads nowhere outside
+// itself.
+#pragma once
+
+#include <cuda/atomic>
+
+#include "gpu/cuda/kernels/batch_table.h"
+
+namespace clusterkv::gpu::cuda {
+
+// The namespace's own, for the device.
+template <typename T>
+__device__ T* At(std::byte* state, uint64_t offset) {
+  return reinterpret_cast<T*>(state + offset);
+}
+
+__device__ inline size_t HeadIndex(const StateBlock& block, uint32_t layer, uint32_t kv_head) {
+  return size_t{layer} * block.kv_heads + kv_head;
+}
+
+class DeviceState {
+ public:
+  __device__ explicit DeviceState(const DeviceSlot& slot)
+      : state_(slot.state), block_(slot.block), generation_(slot.generation) {}
+
+  __device__ const StateBlock& block() const { return block_; }
+
+  __device__ bool IsCurrent() const {
+    StateHeader& header = *At<StateHeader>(state_, block_.header);
+    const ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system> generation(header.generation);
+    return generation.load(::cuda::memory_order_acquire) == generation_ &&
+           header.magic == kStateMagic && header.version == block_.version;
+  }
+  __device__ StateHeader& header() const { return *At<StateHeader>(state_, block_.header); }
+  __device__ StepLatch& latch() const { return *At<StepLatch>(state_, block_.latch); }
+  __device__ uint32_t* published_segments() const {
+    return At<uint32_t>(state_, block_.published_segments);
+  }
+  __device__ LayerCounters& counters(uint32_t layer) const {
+    return At<LayerCounters>(state_, block_.counters)[layer];
+  }
+  __device__ uint32_t* segment_ends() const { return At<uint32_t>(state_, block_.segment_ends); }
+
+  // Arrays of one (layer, KV head); `head` is HeadIndex.
+  __device__ SegmentRun* segment_runs(size_t head) const {
+    return At<SegmentRun>(state_, block_.segment_runs) + head * block_.max_segments;
+  }
+  __device__ ClusterEntry* clusters(size_t head) const {
+    return At<ClusterEntry>(state_, block_.clusters) + head * block_.max_clusters;
+  }
+  __device__ std::byte* centroids(size_t head) const {
+    return state_ + block_.centroids + head * block_.max_clusters * mean_bytes();
+  }
+  __device__ std::byte* value_means(size_t head) const {
+    return state_ + block_.value_means + head * block_.max_clusters * mean_bytes();
+  }
+  __device__ std::byte* sink(size_t head, uint32_t position) const {
+    return state_ + block_.sinks + (head * block_.sink_tokens + position) * row_bytes();
+  }
+  __device__ std::byte* window(size_t head, uint32_t position) const {
+    const size_t slot = position % block_.window_slots;
+    return state_ + block_.window + (head * block_.window_slots + slot) * row_bytes();
+  }
+  // Where one token belongs: sinks or window.
+  __device__ std::byte* token_row(size_t head, uint32_t position) const {
+    return position < block_.sink_tokens ? sink(head, position) : window(head, position);
+  }
+  __device__ std::byte* cache(size_t head, uint32_t slot) const {
+    return state_ + block_.cache + (head * block_.cache_tokens + slot) * row_bytes();
+  }
+  __device__ uint32_t* slot_of_row(size_t head) const {
+    return At<uint32_t>(state_, block_.slot_of_row) + head * block_.max_rows;
+  }
+  __device__ uint32_t* last_used(size_t head) const {
+    return At<uint32_t>(state_, block_.last_used) + head * block_.max_clusters;
+  }
+  __device__ uint32_t* free_slots(size_t head) const {
+    return At<uint32_t>(state_, block_.free_slots) + head * block_.cache_tokens;
+  }
+  __device__ uint32_t& free_count(size_t head) const {
+    return At<uint32_t>(state_, block_.free_count)[head];
+  }
+
+  // Scratch of the layer that is being decoded, by KV head.
+  __device__ uint32_t& selected_count(uint32_t kv_head) const {
+    return At<uint32_t>(state_, block_.selected_count)[kv_head];
+  }
+  __device__ uint32_t* selected_cluster(uint32_t kv_head) const {
+    return At<uint32_t>(state_, block_.selected_cluster) + Scratch(kv_head);
+  }
+  __device__ uint32_t* selected_take(uint32_t kv_head) const {
+    return At<uint32_t>(state_, block_.selected_take) + Scratch(kv_head);
+  }
+  __device__ uint32_t& slot_count(uint32_t kv_head) const {
+    return At<uint32_t>(state_, block_.slot_count)[kv_head];
+  }
+  __device__ uint32_t* slot_table(uint32_t kv_head) const {
+    return At<uint32_t>(state_, block_.slot_table) + Scratch(kv_head);
+  }
+
+  // Clusters of one (layer, KV head) that this step sees.
+  __device__ uint32_t VisibleClusters(size_t head) const {
+    const uint32_t segments = min(latch().segments, block_.max_segments);
+    if (segments == 0) return 0;
+    return min(segment_runs(head)[segments - 1].cluster_end, block_.max_clusters);
+  }
+  // Tokens of a cluster; 0 if the entry leads outside the row space.
+  __device__ uint32_t ClusterTokens(const ClusterEntry& entry) const {
+    return uint64_t{entry.first_row} + entry.tokens <= block_.max_rows ? entry.tokens : 0;
+  }
+
+  // dtype is 2 bytes wide on this backend.
+  __device__ size_t mean_bytes() const { return size_t{block_.head_dim} * 2; }
+  __device__ size_t row_bytes() const { return 2 * mean_bytes(); }
+
+ private:
+  __device__ size_t Scratch(uint32_t kv_head) const {
+    return size_t{kv_head} * block_.budget_tokens;
+  }
+
+  std::byte* const state_;
+  const StateBlock& block_;
+  const uint32_t generation_;
+};
+
+// A slot that a kernel works on: active, and its state is what the slot says. Null otherwise.
+__device__ inline const DeviceSlot* ActiveSlot(const BatchTable* table, uint32_t index) {
+  if (index >= table->count) return nullptr;
+  const DeviceSlot& slot = table->slots[index];
+  return slot.active != 0 && slot.state != nullptr ? &slot : nullptr;
+}
+
+// Keeps the first fault. `fault` lies in pinned host memory.
+__device__ inline void Report(uint32_t* fault, KernelFault kind, uint32_t value) {
+  if (atomicCAS_system(fault, 0u, static_cast<uint32_t>(kind)) == 0) fault[1] = value;
+}
+
+}  // namespace clusterkv::gpu::cuda
