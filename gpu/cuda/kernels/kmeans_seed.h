@@ -1,0 +1,38 @@
+// Which token seeds which cluster: one at random of each of k equal ranges of tokens. So seeds are
+// distinct, independent of each other, and spread over the positions, near which keys resemble
+// each other. Plain C++ and CUDA.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define CLUSTERKV_HOST_DEVICE __host__ __device__
+#else
+#define CLUSTERKV_HOST_DEVICE
+#endif
+
+namespace clusterkv::gpu::cuda::kmeans {
+
+struct SeedRange {
+  uint32_t begin;
+  uint32_t size;   // at least 1
+  uint32_t start;  // 0..size-1, drawn
+};
+
+// The mixing function of SplitMix64.
+CLUSTERKV_HOST_DEVICE constexpr uint64_t Mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// REQUIRES: cluster < clusters <= tokens.
+CLUSTERKV_HOST_DEVICE constexpr SeedRange RangeOfSeed(uint64_t seed, uint32_t cluster,
+                                                      uint32_t clusters, uint32_t tokens) {
+  const auto begin = static_cast<uint32_t>(uint64_t{tokens} * cluster / clusters);
+  const auto end = static_cast<uint32_t>(uint64_t{tokens} * (uint64_t{cluster} + 1) / clusters);
+  const uint64_t draw = Mix(seed + (uint64_t{cluster} + 1) * 0x9E3779B97F4A7C15u);
+  return {begin, end - begin, static_cast<uint32_t>(draw % (end - begin))};
+}
+
+}  // namespace clusterkv::gpu::cuda::kmeans
