@@ -94,8 +94,8 @@ class Sequence {
                                                   absl::Duration timeout = absl::Seconds(60)) = 0;
   // What is known to be published, without a call.
   virtual Published published() const = 0;
-  // Hits and misses of one layer since registration. Between steps only. Served: as its replies
-  // said; they do not tell hit_tokens, which stays 0.
+  // Hits and misses of one layer since registration. Between steps only. Served: the sum of the
+  // replies, so what a reply that was lost would have told is missing.
   virtual gpu::LayerCounters counters(uint32_t layer) const = 0;
   // After the last step. Idempotent.
   virtual absl::Status Release() = 0;

@@ -273,6 +273,8 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
         static_cast<uint32_t>(item.after.hit_clusters - item.before.hit_clusters);
     item.result.missed_clusters =
         static_cast<uint32_t>(item.after.missed_clusters - item.before.missed_clusters);
+    item.result.hit_tokens = item.after.hit_tokens - item.before.hit_tokens;
+    item.result.missed_tokens = item.after.missed_tokens - item.before.missed_tokens;
     item.result.gathered_bytes = item.after.gathered_bytes - item.before.gathered_bytes;
     gpu::StepLatch latch;
     CKV_RETURN_IF_ERROR(

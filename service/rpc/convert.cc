@@ -180,6 +180,8 @@ void ToProto(FetchResult result, v1::FetchResult& reply) {
   reply.set_cut(result.cut);
   reply.set_hit_clusters(result.hit_clusters);
   reply.set_missed_clusters(result.missed_clusters);
+  reply.set_hit_tokens(result.hit_tokens);
+  reply.set_missed_tokens(result.missed_tokens);
   reply.set_gathered_bytes(result.gathered_bytes);
 }
 

@@ -257,6 +257,8 @@ TEST_F(ClientLifecycle, DecodesAndLeavesNothingBehind) {
     const gpu::LayerCounters counters = member.sequence->counters(1);
     EXPECT_GT(counters.hit_clusters, 0u);
     EXPECT_GT(counters.missed_clusters, 0u);
+    EXPECT_GT(counters.hit_tokens, counters.hit_clusters);
+    EXPECT_EQ(counters.missed_tokens * SmallShape().row_bytes(), counters.gathered_bytes);
     EXPECT_GT(counters.gathered_bytes, 0u);
     const v1::GetStatusReply status = Status();
     EXPECT_EQ(status.sessions(), 1u);
@@ -303,6 +305,8 @@ TEST_F(ClientLifecycle, DirectAndServedSelectTheSame) {
   EXPECT_EQ(selections[1], selections[3]);
   EXPECT_EQ(counters[0].missed_clusters, counters[1].missed_clusters);
   EXPECT_EQ(counters[0].gathered_bytes, counters[1].gathered_bytes);
+  EXPECT_EQ(counters[0].hit_clusters, counters[1].hit_clusters);
+  EXPECT_EQ(counters[0].hit_tokens, counters[1].hit_tokens);
   EXPECT_EQ(counters[0].missed_tokens, counters[1].missed_tokens);
 }
 

@@ -211,19 +211,23 @@ TEST_F(CoreServeTest, ServedCountersAreTheSumOfTheReplies) {
   StartCore();
   Worker worker = Attached();
   const SequenceId sequence = Prompted(worker);
-  uint64_t hits = 0, misses = 0, gathered = 0;
+  uint64_t hits = 0, misses = 0, hit_tokens = 0, missed_tokens = 0, gathered = 0;
   for (uint32_t position = 60; position < 80; ++position) {
     for (uint32_t layer = 0; layer < 2; ++layer) {
       const auto results = DoFetch(worker, Fetch(sequence, position, layer));
       ASSERT_TRUE(results.ok()) << results.status();
       hits += results->front().hit_clusters;
       misses += results->front().missed_clusters;
+      hit_tokens += results->front().hit_tokens;
+      missed_tokens += results->front().missed_tokens;
       gathered += results->front().gathered_bytes;
     }
   }
   const CacheCounters served = core_->status().served;
   EXPECT_EQ(served.hit_clusters, hits);
   EXPECT_EQ(served.missed_clusters, misses);
+  EXPECT_EQ(served.hit_tokens, hit_tokens);
+  EXPECT_EQ(served.missed_tokens, missed_tokens);
   EXPECT_EQ(served.gathered_bytes, gathered);
   EXPECT_GT(hits, 0u);
   EXPECT_GT(misses, 0u);
