@@ -208,6 +208,7 @@ void ToProto(const DaemonStatus& status, v1::GetStatusReply& reply) {
   reply.set_boot_epoch(status.boot_epoch);
   reply.set_version(status.version);
   reply.set_backend(status.backend);
+  reply.set_device(status.device);
   reply.set_ready(status.ready);
   reply.set_not_ready_reason(status.not_ready_reason);
   reply.set_sessions(status.sessions.size());

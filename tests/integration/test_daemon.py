@@ -203,6 +203,25 @@ def test_admin_endpoints(daemon):
     assert sum(states.values()) == 64 << 20 and len(states) == 4
 
 
+def test_clusterkvctl_status_says_what_the_admin_port_says(start_daemon):
+    daemon = start_daemon({"threads": "3"})
+
+    def told(form):
+        done = subprocess.run(
+            [program("clusterkvctl"), "--address", daemon.address, "status", "--format", form],
+            env=clean_environment(), capture_output=True, text=True, timeout=bound(30), check=True)
+        return done.stdout
+    with Worker(daemon.address) as worker:
+        worker.allocate_ring(4096)
+        by_grpc, by_http = json.loads(told("json")), daemon.status()
+        for status in (by_grpc, by_http):
+            status.pop("uptime_seconds")
+            status["session_list"][0].pop("age_seconds")
+        assert by_grpc == by_http
+        assert by_grpc["device"] == "host CPU, 3 threads"
+        assert "host CPU, 3 threads" in told("table")
+
+
 @pytest.mark.parametrize("path", ["/", "/statusz", "/status/", "/../etc/passwd", "/metrics/x",
                                   "/" + "a" * 1000])
 def test_an_unknown_path_is_not_found(daemon, path):
