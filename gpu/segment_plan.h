@@ -47,6 +47,12 @@ class SegmentPlan {
 std::vector<Segment> AllSegments(const MethodOptions& method, uint32_t prompt_tokens,
                                  uint32_t length);
 
+// How many segments a sequence of `length` tokens has, without making a list of what may be
+// millions. While the prompt's length is unknown, or above `length`, only its full segments count:
+// what follows them depends on tokens that are still to come.
+uint32_t SegmentCount(const MethodOptions& method, std::optional<uint32_t> prompt_tokens,
+                      uint32_t length);
+
 // Bounds that the state layout reserves for a sequence of at most max_tokens tokens.
 uint32_t MaxSegments(const MethodOptions& method, uint32_t max_tokens);
 // k of k-means for a segment: ceil(tokens / tokens_per_cluster).

@@ -30,16 +30,6 @@ uint64_t ProblemSeed(uint64_t seed, uint32_t ordinal, uint32_t layer, uint32_t h
   return x ^ (x >> 31);
 }
 
-// gpu::AllSegments(...).size(), without making a list of what may be millions.
-uint64_t SegmentsOf(const gpu::MethodOptions& method, uint32_t prompt_tokens, uint32_t length) {
-  const uint64_t exact = uint64_t{method.sink_tokens} + method.min_window_tokens;
-  const uint64_t clustered = prompt_tokens > exact ? prompt_tokens - exact : 0;
-  const uint64_t beyond = std::max<uint64_t>(exact, prompt_tokens);
-  const uint64_t decoded = length > beyond ? length - beyond : 0;
-  return (clustered + method.prompt_segment_tokens - 1) / method.prompt_segment_tokens +
-         decoded / method.decode_segment_tokens;
-}
-
 uint64_t RangeBytes(const gpu::Shape& shape, const IngestRequest& request) {
   return uint64_t{request.layer_count} * request.count * shape.kv_heads * shape.row_bytes();
 }
@@ -406,7 +396,7 @@ bool ServiceCore::WaitIsOver(const Sequence& sequence, uint32_t length) const {
   if (!sequence.prompt_ended()) return false;
   const uint32_t prompt = *sequence.prompt_tokens;
   return sequence.published_segments >=
-         SegmentsOf(sequence.method, prompt, std::max(length, prompt));
+         gpu::SegmentCount(sequence.method, prompt, std::max(length, prompt));
 }
 
 void ServiceCore::NotifyWaiters(Sequence& sequence) {
