@@ -89,7 +89,8 @@ class Sequence {
   virtual absl::Status Ingest(const IngestRange& range, const gpu::KvSource& source,
                               absl::Duration timeout = absl::Seconds(60)) = 0;
   // Waits until everything the segment rules allow at `length` tokens is published (first hands
-  // over decoded tokens that still lie with the client).
+  // over decoded tokens that still lie with the client). Below the prompt's end, these are its full
+  // segments; 0 = all of the prompt, once its end has been ingested (else FAILED_PRECONDITION).
   virtual absl::StatusOr<Published> WaitPublished(uint32_t length,
                                                   absl::Duration timeout = absl::Seconds(60)) = 0;
   // What is known to be published, without a call.

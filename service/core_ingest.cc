@@ -9,6 +9,7 @@
 
 #include "gpu/cluster_ops.h"
 #include "gpu/decode_ops.h"
+#include "gpu/segment_plan.h"
 #include "gpu/status_macros.h"
 #include "service/core.h"
 #include "service/logging.h"
@@ -392,11 +393,12 @@ void ServiceCore::DoWait(Session& session, Sequence& sequence, Waiter waiter) {
   sequence.waiters.push_back(std::move(waiter));
 }
 
+// A prompt whose end is known has to have arrived, whatever of it is clustered: a served step may
+// follow. Before the end is known its full segments are all that the rules allow.
 bool ServiceCore::WaitIsOver(const Sequence& sequence, uint32_t length) const {
-  if (!sequence.prompt_ended()) return false;
-  const uint32_t prompt = *sequence.prompt_tokens;
-  return sequence.published_segments >=
-         gpu::SegmentCount(sequence.method, prompt, std::max(length, prompt));
+  const std::optional<uint32_t> prompt = sequence.prompt_tokens;
+  if (prompt && length >= *prompt && !sequence.prompt_ended()) return false;
+  return sequence.published_segments >= gpu::SegmentCount(sequence.method, prompt, length);
 }
 
 void ServiceCore::NotifyWaiters(Sequence& sequence) {

@@ -135,7 +135,7 @@ absl::Status ServiceCore::PrepareItem(Session& session, const FetchRequest& requ
   if (sequence->step.in_flight) {
     return refuse(absl::StatusCode::kAborted, "another call on it has not returned");
   }
-  if (!sequence->prompt_ended() || !WaitIsOver(*sequence, 0)) {
+  if (!sequence->prompt_ended() || !WaitIsOver(*sequence, *sequence->prompt_tokens)) {
     return refuse(absl::StatusCode::kFailedPrecondition, "its prompt is not published yet");
   }
 

@@ -416,6 +416,36 @@ TEST_F(ClientLifecycle, KeepsTheOrderOfCalls) {
   }
 }
 
+TEST_F(ClientLifecycle, FullSegmentsCanBeWaitedForBeforeThePromptEnds) {
+  auto client = Connect();
+  ASSERT_NE(client, nullptr);
+  for (const FetchMode mode : {FetchMode::kDirect, FetchMode::kServed}) {
+    Member member(*client, Options(mode));
+    Sequence& sequence = *member.sequence;
+    ASSERT_TRUE(member.Ingest(200, random_, false).ok());
+    for (const uint32_t length : {200u, 140u, 200u}) {
+      const auto published = sequence.WaitPublished(length);
+      ASSERT_TRUE(published.ok()) << published.status();
+      EXPECT_EQ(published->cut, 4u + 128u);
+    }
+    EXPECT_TRUE(absl::IsFailedPrecondition(sequence.WaitPublished(0).status()));
+    // The second segment needs tokens that have not come; as it turns out there is none.
+    EXPECT_TRUE(
+        absl::IsDeadlineExceeded(sequence.WaitPublished(280, absl::Milliseconds(100)).status()));
+    ASSERT_TRUE(member.Ingest(10, random_).ok());
+    EXPECT_EQ(sequence.WaitPublished(0)->cut, 210u - 8u);
+    auto batch = *client->CreateBatch({&sequence});
+    double error = 0;
+    for (int i = 0; i < 70; ++i) {
+      const absl::Status status = Decode(*batch, {&member}, random_, &error);
+      ASSERT_TRUE(status.ok()) << status;
+      ASSERT_TRUE(sequence.WaitPublished(sequence.length()).ok());
+    }
+    EXPECT_LT(error, 1e-5);
+    EXPECT_EQ(sequence.published().cut, 202u + 4 * 16u);
+  }
+}
+
 TEST_F(ClientLifecycle, AbandonedStepEndsItsSequenceOnly) {
   auto client = Connect();
   ASSERT_NE(client, nullptr);

@@ -348,11 +348,12 @@ def test_waiting_checks_every_field(scene, fields, code, message):
 
 def test_waiting_ends_at_the_deadline_and_takes_its_waiter_back(scene):
     with scene.refuses(Code.DEADLINE_EXCEEDED):
-        scene.mine.call("WaitPublished", sequence_id=scene.open.id, length=30, timeout=0.3)
+        scene.mine.call("WaitPublished", sequence_id=scene.open.id, length=MAX_TOKENS, timeout=0.3)
 
 
 def test_a_session_has_only_so_many_waiters(scene):
-    request = v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=scene.open.id, length=30)
+    request = v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=scene.open.id,
+                                      length=MAX_TOKENS)
     before = scene.picture()
     calls = [scene.mine.stub.WaitPublished.future(request, timeout=bound(60))
              for _ in range(4097)]
@@ -375,10 +376,10 @@ def test_only_ones_own_sequences_can_be_released(scene, value):
 
 
 def test_releasing_twice_is_not_found_and_wakes_who_waits(scene):
-    extra = scene.mine.register(scene.shape, METHOD, 50, SERVED)
+    extra = scene.mine.register(scene.shape, METHOD, 200, SERVED)
     scene.wait_quiet()
     waiting = scene.mine.stub.WaitPublished.future(
-        v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=extra.id, length=50),
+        v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=extra.id, length=200),
         timeout=30)
     scene.mine.release(extra)
     assert waiting.exception(bound(20)).code() == MISSING

@@ -344,6 +344,53 @@ TEST_F(CoreSequenceTest, WaitEndsByPublishCancelReleaseOrSession) {
   EXPECT_EQ(ended.Get().status().code(), StatusCode::kNotFound);
 }
 
+TEST_F(CoreSequenceTest, WaitBeforeThePromptsEndIsForItsFullSegments) {
+  StartCore();
+  for (const FetchMode mode : {FetchMode::kDirect, FetchMode::kServed}) {
+    Worker worker = Attached();
+    const SequenceId sequence = MustRegister(worker, mode);
+    EXPECT_EQ(Wait(worker, sequence, 43)->cut, 4u);  // nothing can be published of so few
+    Reply<PublishedInfo> first, second, beyond;
+    core_->WaitPublished(worker->key, sequence, 44, first.done());
+    core_->WaitPublished(worker->key, sequence, 80, second.done());
+    core_->WaitPublished(worker->key, sequence, 108, beyond.done());
+    MustIngest(worker, sequence, 0, 43, false);
+    Fence();
+    EXPECT_FALSE(first.ready());  // the window behind the segment is not full
+    MustIngest(worker, sequence, 43, 1, false);
+    EXPECT_EQ(first.Get()->cut, 36u);
+    EXPECT_FALSE(second.ready());
+    MustIngest(worker, sequence, 44, 32, false);
+    EXPECT_EQ(second.Get()->cut, 68u);  // though 76 tokens have come, not 80
+    EXPECT_EQ(Wait(worker, sequence, 76)->cut, 68u);
+    EXPECT_FALSE(beyond.ready());
+    // A length that turns out to be beyond the end: tail and decode segments count.
+    MustIngest(worker, sequence, 76, 14, true);
+    EXPECT_EQ(Wait(worker, sequence, 80)->segments, 2u);
+    EXPECT_EQ(Wait(worker, sequence, 0)->cut, 82u);
+    if (mode == FetchMode::kDirect) {
+      EXPECT_FALSE(beyond.ready());
+      MustIngest(worker, sequence, 90, 16, false);
+      EXPECT_EQ(beyond.Get()->cut, 98u);
+    }
+  }
+}
+
+TEST_F(CoreSequenceTest, WaitForAKnownEndIsOverOnceThePromptHasArrived) {
+  StartCore();
+  Worker worker = Attached();
+  const SequenceId sequence = MustRegister(worker, FetchMode::kServed);
+  device_->stage.Close();
+  EXPECT_TRUE(Ingest(worker, Range(worker, sequence, 0, 10, true)).ok());
+  Reply<PublishedInfo> waiting;
+  core_->WaitPublished(worker->key, sequence, 10, waiting.done());
+  EXPECT_EQ(Wait(worker, sequence, 9)->segments, 0u);
+  EXPECT_FALSE(waiting.ready());  // no segment is to come, but a step may follow
+  device_->stage.Open();
+  EXPECT_EQ(waiting.Get()->segments, 0u);
+  EXPECT_TRUE(DoFetch(worker, Fetch(sequence, 10, 0)).ok());
+}
+
 TEST_F(CoreSequenceTest, PublishesTheSegmentsOfThePlan) {
   const uint64_t seed = gpu::TestSeed();
   SCOPED_TRACE(gpu::SeedTrace(seed));
