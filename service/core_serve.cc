@@ -31,6 +31,7 @@ struct ServiceCore::ServeWork {
     gpu::LayerCounters before{}, after{};
     std::vector<gpu::LayerCounters> all_counters;
     FetchResult result;
+    absl::Status failure;  // of this sequence alone
   };
   SessionId session = 0;
   FetchRequest request;  // owns the inline bytes
@@ -265,8 +266,9 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
   for (size_t i = 0; i < count; ++i) {
     ServeWork::Item& item = work.items[i];
     if (errors[i] != 0) {
-      return absl::InternalError(
+      item.failure = absl::InternalError(
           fmt::format("sequence {}: step error bits {}", item.result.sequence, errors[i]));
+      continue;
     }
     item.after = item.all_counters[layer];
     item.result.hit_clusters =
@@ -303,13 +305,15 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
 void ServiceCore::FinishServe(std::shared_ptr<ServeWork> work, absl::Status status) {
   std::vector<FetchResult> results;
   std::vector<Sequence*> sequences;
+  std::vector<std::string> failures;
   for (ServeWork::Item& item : work->items) {
     Sequence& sequence = *item.sequence;
     --sequence.in_flight;
     sequence.step.in_flight = false;
     sequences.push_back(&sequence);
-    if (!status.ok()) {
-      Fail(sequence, status);
+    if (const absl::Status& why = status.ok() ? item.failure : status; !why.ok()) {
+      Fail(sequence, why);
+      failures.emplace_back(why.message());
       continue;
     }
     FoldCounters(sequence, item.all_counters);
@@ -322,6 +326,11 @@ void ServiceCore::FinishServe(std::shared_ptr<ServeWork> work, absl::Status stat
     SubmitReady(sequence);
   }
   PublishStatus();
+  if (status.ok() && !failures.empty()) {
+    status = absl::InternalError(
+        fmt::format("{} of {} sequences have failed, the step of the others can be repeated: {}",
+                    failures.size(), work->items.size(), fmt::join(failures, "; ")));
+  }
   if (status.ok()) {
     work->done(std::move(results));
   } else {
