@@ -482,6 +482,31 @@ TEST_F(CoreSequenceTest, FailedClusteringFailsTheSequence) {
   }));
 }
 
+TEST_F(CoreSequenceTest, TooLittleDeviceMemoryForABatchFailsOnlyWhatCannotRunAlone) {
+  StartCore();
+  Worker worker = Attached();
+  const SequenceId first = MustRegister(worker, FetchMode::kDirect);
+  const SequenceId small = MustRegister(worker, FetchMode::kDirect);
+  RegisterRequest request = Request(FetchMode::kDirect, worker->next_key++);
+  request.method.prompt_segment_tokens = 128;
+  const auto large = Register(worker, request);
+  ASSERT_TRUE(large.ok()) << large.status();
+  device_->cluster.Close();
+  MustIngest(worker, first, 0, 60, true);
+  device_->cluster.AwaitArrival();
+  MustIngest(worker, small, 0, 60, true);
+  MustIngest(worker, large->sequence, 0, 140, true);
+  Fence();  // what is ready has been submitted: the next batch takes it all
+  device_->largest_allocation = 32 * 256;  // the workspace of a segment of `small`
+  device_->cluster.Open();
+  EXPECT_TRUE(
+      worker->Await([&](const Told& told) { return told.failed.contains(large->sequence); }));
+  EXPECT_EQ(worker->told().failed.at(large->sequence).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(Wait(worker, first, 0)->cut, 52u);
+  EXPECT_EQ(Wait(worker, small, 0)->cut, 52u);
+  EXPECT_EQ(worker->told().failed.size(), 1u);
+}
+
 TEST_F(CoreSequenceTest, FullPoolRefusesARangeAndTheSequenceGoesOn) {
   StartCore();
   Worker worker = Attached();

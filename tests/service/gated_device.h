@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -55,6 +57,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
 
   Gate stage, cluster;
   std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
+  std::atomic<size_t> largest_allocation = SIZE_MAX;   // not of shared memory
   std::atomic<uint32_t> fail_steps_of_generation = 0;  // by an error bit; 0: none
 
   const std::string& backend() const override { return device_->backend(); }
@@ -63,6 +66,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
     return device_->CreateStream(name);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> Allocate(size_t bytes) override {
+    if (bytes > largest_allocation) return absl::ResourceExhaustedError("no device memory");
     return device_->Allocate(bytes);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> AllocateShared(size_t bytes) override {
