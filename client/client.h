@@ -98,7 +98,8 @@ class Sequence {
   // Hits and misses of one layer since registration. Between steps only. Served: the sum of the
   // replies, so what a reply that was lost would have told is missing.
   virtual gpu::LayerCounters counters(uint32_t layer) const = 0;
-  // After the last step. Idempotent.
+  // After the last step. Idempotent. Its host memory is free a moment later, once this process has
+  // unmapped it.
   virtual absl::Status Release() = 0;
 };
 
@@ -139,6 +140,9 @@ class Client {
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options);
   virtual ~Client() = default;
 
+  // Errors: INVALID_ARGUMENT, UNAVAILABLE (draining), RESOURCE_EXHAUSTED (sequences, device memory,
+  // host pool: where the message says that bytes are in quarantine, they were released and will be
+  // free soon, so trying again a little later may do).
   virtual absl::StatusOr<std::unique_ptr<Sequence>> RegisterSequence(
       const SequenceOptions& options) = 0;
   virtual absl::StatusOr<std::unique_ptr<DecodeBatch>> CreateBatch(
