@@ -60,6 +60,17 @@ uint32_t SegmentCount(const MethodOptions& method, std::optional<uint32_t> promp
                                (clusterable - of_prompt) / method.decode_segment_tokens);
 }
 
+uint64_t SegmentsOfRange(const MethodOptions& method, RangeKind kind, uint32_t tokens) {
+  const auto segments = [](uint64_t count, uint32_t length) {
+    return (count + length - 1) / length;
+  };
+  if (kind == RangeKind::kDecoded) return segments(tokens, method.decode_segment_tokens);
+  return segments(tokens, method.prompt_segment_tokens) +
+         (kind == RangeKind::kPrompt
+              ? 0
+              : segments(method.min_window_tokens, method.decode_segment_tokens));
+}
+
 uint32_t MaxSegments(const MethodOptions& method, uint32_t max_tokens) {
   // All but the prompt's tail have one of two sizes; the worst case is only the smaller.
   const uint64_t smallest =

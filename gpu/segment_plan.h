@@ -53,6 +53,15 @@ std::vector<Segment> AllSegments(const MethodOptions& method, uint32_t prompt_to
 uint32_t SegmentCount(const MethodOptions& method, std::optional<uint32_t> prompt_tokens,
                       uint32_t length);
 
+// The most segments, counted for each (layer, KV head), that one range of tokens may begin when it
+// is handed to the daemon. Each takes host memory of its own, and one thread places it for
+// everybody.
+constexpr uint32_t kMaxSegmentsOfRange = 65'536;
+enum class RangeKind { kPrompt, kPromptEnd, kDecoded };
+// How many segments of one (layer, KV head) begin within `tokens` tokens, at most. A prompt's end
+// also begins the decode segments that the window's tokens will be in.
+uint64_t SegmentsOfRange(const MethodOptions& method, RangeKind kind, uint32_t tokens);
+
 // Bounds that the state layout reserves for a sequence of at most max_tokens tokens.
 uint32_t MaxSegments(const MethodOptions& method, uint32_t max_tokens);
 // k of k-means for a segment: ceil(tokens / tokens_per_cluster).

@@ -99,6 +99,18 @@ absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
           request.end_of_prompt, *sequence.prompt_tokens));
     }
   }
+  const gpu::RangeKind kind = all_ended               ? gpu::RangeKind::kDecoded
+                              : request.end_of_prompt ? gpu::RangeKind::kPromptEnd
+                                                      : gpu::RangeKind::kPrompt;
+  const uint64_t segments = uint64_t{request.layer_count} * shape.kv_heads *
+                            gpu::SegmentsOfRange(sequence.method, kind, request.count);
+  if (segments > gpu::kMaxSegmentsOfRange) {
+    return absl::InvalidArgumentError(fmt::format(
+        "{} tokens of {} layers begin up to {} segments of a (layer, KV head), at most {} may "
+        "begin "
+        "in one range: hand over fewer tokens or layers at a time, or use longer segments",
+        request.count, request.layer_count, segments, gpu::kMaxSegmentsOfRange));
+  }
   const uint32_t furthest =
       std::ranges::max_element(sequence.layers, {}, &LayerProgress::accepted)->accepted;
   if (request.end_of_prompt && end < furthest) {

@@ -156,6 +156,17 @@ TEST(SegmentPlan, BoundsHoldForAnyPromptAndAnySplit) {
   }
 }
 
+TEST(SegmentPlan, SegmentsOfARangeCountTheWindowsAtThePromptsEnd) {
+  MethodOptions method = SmallMethod();  // prompt segments of 10, decode segments of 5
+  method.min_window_tokens = 11;
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, 1), 1u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, 10), 1u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, 11), 2u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPromptEnd, 11), 2u + 3u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kDecoded, 11), 3u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, ~0u), 429'496'730u);
+}
+
 TEST(SegmentPlan, ClustersOfSegmentRoundsUp) {
   MethodOptions method;
   method.tokens_per_cluster = 80;

@@ -208,6 +208,41 @@ TEST_F(CoreSequenceTest, RefusesRangesThatLieWrong) {
   MustIngest(worker, sequence, 0, 10, false);
 }
 
+TEST_F(CoreSequenceTest, ARangeBeginsOnlySoManySegments) {
+  StartCore();
+  Worker worker = Attached();
+  RegisterRequest request = Request(FetchMode::kServed, worker->next_key++);
+  request.method.prompt_segment_tokens = request.method.decode_segment_tokens = 1;
+  request.method.min_window_tokens = 30'000;
+  request.method.window_lag_segments = 0;
+  request.max_tokens = 100'000;
+  request.reserve_tokens = 4;
+  const auto registered = Register(worker, request);
+  ASSERT_TRUE(registered.ok()) << registered.status();
+  const auto refusal = [&](uint32_t count, uint32_t layers, bool end) {
+    IngestRequest range = Range(worker, registered->sequence, 0, count, end);
+    range.layer_count = layers;
+    const absl::Status status = Ingest(worker, range).status();
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << status;
+    return std::string(status.message());
+  };
+  using testing::HasSubstr;
+  EXPECT_THAT(refusal(65'537, 1, false), HasSubstr("begin up to 65537 segments"));
+  EXPECT_THAT(refusal(32'769, 2, false), HasSubstr("begin up to 65538 segments"));
+  EXPECT_THAT(refusal(35'537, 1, true), HasSubstr("begin up to 65537 segments"));
+  // Those are not too many, but the ring is too short for them.
+  EXPECT_THAT(refusal(65'536, 1, false), HasSubstr("do not lie in arena"));
+  EXPECT_THAT(refusal(35'536, 1, true), HasSubstr("do not lie in arena"));
+  EXPECT_EQ(Sequences()[0].host_bytes, 0u);
+  MustIngest(worker, registered->sequence, 0, 500, false);
+
+  request.idempotency_key = worker->next_key++;
+  request.method.min_window_tokens = 65'536;
+  const absl::Status never = Register(worker, request).status();
+  EXPECT_EQ(never.code(), StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(never.message()), HasSubstr("may begin 65537 segments"));
+}
+
 TEST_F(CoreSequenceTest, ARepeatedRangeIsTakenOnce) {
   StartCore();
   Worker worker = Attached();
