@@ -145,6 +145,29 @@ def test_arenas_are_bounded(scene, size, code, message):
         scene.mine.call("AllocateArena", bytes=size)
 
 
+@pytest.mark.parametrize("size", [64 << 30, 900 << 30])
+def test_an_arena_beyond_the_machines_memory_is_refused_at_once(start_daemon, size):
+    """Where no --gpu-memory bounds it. Linux would promise it, and kill somebody later."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        memory = {name: int(kibibytes.split()[0]) << 10 for name, kibibytes in
+                  (line.split(":") for line in file)}
+    size = max(size, 2 * memory["MemTotal"])
+    if size > 2**40:
+        pytest.skip("this machine has room for the largest arena")
+    daemon = start_daemon()
+    with Worker(daemon.address) as worker:
+        worker.allocate_ring(4096)
+        before = daemon.steady()
+        started = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            worker.call("AllocateArena", bytes=size)
+        assert time.monotonic() - started < bound(2)
+        assert caught.value.code() == FULL and str(size) in caught.value.details()
+        assert daemon.steady() == before
+        worker.allocate_ring(1 << 20)  # what fits is given
+    daemon.wait_until_free()
+
+
 def test_a_session_has_only_so_many_arenas(scene):
     with scene.refuses(FULL, f"has {MAX_ARENAS} arenas"):
         scene.other.call("AllocateArena", bytes=4096)
@@ -197,6 +220,8 @@ REGISTER = rows(
     ({"max_tokens": 16777216, "method": changed(METHOD, decode_segment_tokens=320)}, FULL,
      "gpu-memory|host pool"),
     ({"max_tokens": 100000}, FULL, "host pool|gpu-memory"),
+    ({"method": changed(METHOD, min_window_tokens=65536, decode_segment_tokens=2)}, INVALID,
+     "may begin 65538 segments of a .*, at most 65536"),
     ({"shape": shape_of(layers=1024, kv_heads=1024, group=16, head_dim=256),
       "max_tokens": 16777216}, INVALID, "the state of 1024 layers|host-chunk"),
     ({"shape": shape_of(layers=1024, kv_heads=64)}, FULL, "gpu-memory: "),
