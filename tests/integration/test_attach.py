@@ -434,7 +434,7 @@ def test_a_refusal_tells_what_is_in_quarantine(start_daemon):
     worker, kv, sequence = published(daemon, DIRECT, map_chunks=False)
     worker.wait_for(lambda: worker.pending_chunks)
     with pytest.raises(grpc.RpcError) as caught:
-        worker.register(kv.shape, METHOD, 3000, SERVED)  # needs more than the one
+        worker.register(kv.shape, METHOD, 20000, SERVED)  # can never be
     assert "quarantine " not in caught.value.details()
     worker.release(sequence)
     worker.wait_for(lambda: 0 in worker.revoked_chunks)
