@@ -182,14 +182,12 @@ absl::Status ServedBatch::TakeReply(uint32_t layer, const v1::FetchClustersReply
                                     const gpu::AttentionTarget& target) {
   CKV_RETURN_IF_ERROR(CheckReply(reply));
   CKV_RETURN_IF_ERROR(CopyOutputs(reply, target));
-  const uint64_t row_bytes = step_.shape().row_bytes();
   for (size_t i = 0; i < step_.sequences().size(); ++i) {
     const v1::FetchResult& result = reply.results(static_cast<int>(i));
-    // Misses are gathered whole, so their tokens follow from the bytes.
     step_.sequences()[i]->AddCounters(layer, {.hit_clusters = result.hit_clusters(),
                                               .missed_clusters = result.missed_clusters(),
-                                              .hit_tokens = 0,
-                                              .missed_tokens = result.gathered_bytes() / row_bytes,
+                                              .hit_tokens = result.hit_tokens(),
+                                              .missed_tokens = result.missed_tokens(),
                                               .gathered_bytes = result.gathered_bytes()});
     selected_[i].assign(result.selected_positions().begin(), result.selected_positions().end());
   }

@@ -89,15 +89,17 @@ class Sequence {
   virtual absl::Status Ingest(const IngestRange& range, const gpu::KvSource& source,
                               absl::Duration timeout = absl::Seconds(60)) = 0;
   // Waits until everything the segment rules allow at `length` tokens is published (first hands
-  // over decoded tokens that still lie with the client).
+  // over decoded tokens that still lie with the client). Below the prompt's end, these are its full
+  // segments; 0 = all of the prompt, once its end has been ingested (else FAILED_PRECONDITION).
   virtual absl::StatusOr<Published> WaitPublished(uint32_t length,
                                                   absl::Duration timeout = absl::Seconds(60)) = 0;
   // What is known to be published, without a call.
   virtual Published published() const = 0;
-  // Hits and misses of one layer since registration. Between steps only. Served: as its replies
-  // said; they do not tell hit_tokens, which stays 0.
+  // Hits and misses of one layer since registration. Between steps only. Served: the sum of the
+  // replies, so what a reply that was lost would have told is missing.
   virtual gpu::LayerCounters counters(uint32_t layer) const = 0;
-  // After the last step. Idempotent.
+  // After the last step. Idempotent. Its host memory is free a moment later, once this process has
+  // unmapped it.
   virtual absl::Status Release() = 0;
 };
 
@@ -138,6 +140,9 @@ class Client {
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options);
   virtual ~Client() = default;
 
+  // Errors: INVALID_ARGUMENT, UNAVAILABLE (draining), RESOURCE_EXHAUSTED (sequences, device memory,
+  // host pool: where the message says that bytes are in quarantine, they were released and will be
+  // free soon, so trying again a little later may do).
   virtual absl::StatusOr<std::unique_ptr<Sequence>> RegisterSequence(
       const SequenceOptions& options) = 0;
   virtual absl::StatusOr<std::unique_ptr<DecodeBatch>> CreateBatch(

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "client/client.h"
+#include "gpu/method_options.h"
 #include "gpu/shape.h"
 
 namespace clusterkv::client {
@@ -35,9 +36,10 @@ class RangeLayout {
   uint32_t layers_, tokens_;
 };
 
-// Cuts a range into pieces of at most `piece_bytes` (or one token of one layer): as many whole
-// layers as fit, else as many tokens of one layer. In the order of layers, then of positions.
+// Cuts a range of a prompt into pieces of at most `piece_bytes` that begin at most
+// gpu::kMaxSegmentsOfRange segments (or one token of one layer): as many whole layers as fit, else
+// as many tokens of one layer. In the order of layers, then of positions.
 std::vector<IngestRange> SplitRange(const IngestRange& range, const gpu::Shape& shape,
-                                    uint64_t piece_bytes);
+                                    const gpu::MethodOptions& method, uint64_t piece_bytes);
 
 }  // namespace clusterkv::client

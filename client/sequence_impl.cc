@@ -100,7 +100,8 @@ absl::Status SequenceImpl::Check() const {
 }
 
 bool SequenceImpl::KnownPublished(uint32_t length) {
-  if (!progress_.ended()) return false;
+  if (!progress_.ended() && (length == 0 || length > progress_.tokens())) return false;
+  if (length == 0) length = progress_.tokens();
   while (const auto segment = plan_.Next(length, progress_.prompt_tokens())) {
     plan_.Advance(*segment);
   }
@@ -114,9 +115,7 @@ absl::StatusOr<Published> SequenceImpl::WaitPublished(uint32_t length, absl::Dur
                                               options_.max_tokens, " max_tokens"));
   }
   // Served, the daemon also has to have taken in tokens that no segment needs yet.
-  if (direct() && KnownPublished(length == 0 ? progress_.tokens() : length)) {
-    return link_->published();
-  }
+  if (direct() && KnownPublished(length)) return link_->published();
   const Deadline deadline(timeout);
   CKV_RETURN_IF_ERROR(FlushTail(deadline));
   v1::WaitPublishedRequest request;

@@ -72,6 +72,7 @@ class SequenceImpl final : public Sequence {
   void SubmitTail();
   absl::Status FlushTail(const Deadline& deadline);
   // Is everything published that the segment rules allow at `length`, as far as is known here?
+  // Before the prompt's end never beyond what was handed over: that may be prompt or decoded.
   bool KnownPublished(uint32_t length);
   uint32_t TailCapacity() const;
   std::vector<gpu::LayerCounters> ReadCounters() const;

@@ -43,8 +43,8 @@ absl::Status SequenceImpl::Ingest(const IngestRange& range, const gpu::KvSource&
     CKV_RETURN_IF_ERROR(Annotate(progress_.Check(range), absl::StrCat("sequence ", id())));
   }
   unfinished_ = range;
-  for (const IngestRange& piece :
-       SplitRange(range, options_.shape, session_->ring().bytes() / kPiecesInFlight)) {
+  for (const IngestRange& piece : SplitRange(range, options_.shape, options_.method,
+                                             session_->ring().bytes() / kPiecesInFlight)) {
     // Handed over by a call before this one, which failed further on.
     if (progress_.Has(piece)) continue;
     CKV_RETURN_IF_ERROR(SendPiece(

@@ -6,9 +6,9 @@ namespace clusterkv::gpu {
 namespace {
 
 // Tokens of a sequence that can ever be in a segment.
-uint64_t ClusterableTokens(const MethodOptions& method, uint32_t max_tokens) {
+uint64_t ClusterableTokens(const MethodOptions& method, uint32_t tokens) {
   const uint64_t exact = uint64_t{method.sink_tokens} + method.min_window_tokens;
-  return max_tokens > exact ? max_tokens - exact : 0;
+  return tokens > exact ? tokens - exact : 0;
 }
 
 }  // namespace
@@ -45,6 +45,30 @@ std::vector<Segment> AllSegments(const MethodOptions& method, uint32_t prompt_to
     plan.Advance(*next);
   }
   return segments;
+}
+
+uint32_t SegmentCount(const MethodOptions& method, std::optional<uint32_t> prompt_tokens,
+                      uint32_t length) {
+  const uint64_t prompt_segment = method.prompt_segment_tokens;
+  const uint64_t clusterable = ClusterableTokens(method, length);
+  if (!prompt_tokens.has_value() || length < *prompt_tokens) {
+    return static_cast<uint32_t>(clusterable / prompt_segment);
+  }
+  // The prompt's, with its tail; decode segments begin where they end.
+  const uint64_t of_prompt = ClusterableTokens(method, *prompt_tokens);
+  return static_cast<uint32_t>((of_prompt + prompt_segment - 1) / prompt_segment +
+                               (clusterable - of_prompt) / method.decode_segment_tokens);
+}
+
+uint64_t SegmentsOfRange(const MethodOptions& method, RangeKind kind, uint32_t tokens) {
+  const auto segments = [](uint64_t count, uint32_t length) {
+    return (count + length - 1) / length;
+  };
+  if (kind == RangeKind::kDecoded) return segments(tokens, method.decode_segment_tokens);
+  return segments(tokens, method.prompt_segment_tokens) +
+         (kind == RangeKind::kPrompt
+              ? 0
+              : segments(method.min_window_tokens, method.decode_segment_tokens));
 }
 
 uint32_t MaxSegments(const MethodOptions& method, uint32_t max_tokens) {

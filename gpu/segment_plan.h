@@ -47,6 +47,21 @@ class SegmentPlan {
 std::vector<Segment> AllSegments(const MethodOptions& method, uint32_t prompt_tokens,
                                  uint32_t length);
 
+// How many segments a sequence of `length` tokens has, without making a list of what may be
+// millions. While the prompt's length is unknown, or above `length`, only its full segments count:
+// what follows them depends on tokens that are still to come.
+uint32_t SegmentCount(const MethodOptions& method, std::optional<uint32_t> prompt_tokens,
+                      uint32_t length);
+
+// The most segments, counted for each (layer, KV head), that one range of tokens may begin when it
+// is handed to the daemon. Each takes host memory of its own, and one thread places it for
+// everybody.
+constexpr uint32_t kMaxSegmentsOfRange = 65'536;
+enum class RangeKind { kPrompt, kPromptEnd, kDecoded };
+// How many segments of one (layer, KV head) begin within `tokens` tokens, at most. A prompt's end
+// also begins the decode segments that the window's tokens will be in.
+uint64_t SegmentsOfRange(const MethodOptions& method, RangeKind kind, uint32_t tokens);
+
 // Bounds that the state layout reserves for a sequence of at most max_tokens tokens.
 uint32_t MaxSegments(const MethodOptions& method, uint32_t max_tokens);
 // k of k-means for a segment: ceil(tokens / tokens_per_cluster).

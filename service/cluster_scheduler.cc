@@ -66,7 +66,7 @@ void ClusterScheduler::Submit(ClusterJob job) {
     std::lock_guard lock(mu_);
     ready_.push_back(std::move(job));
   }
-  queue_.Post([this] { RunBatch(); });  // finds nothing if an earlier batch took the job
+  queue_.Post([this] { RunReady(); });  // finds nothing if an earlier batch took the job
 }
 
 std::vector<ClusterJob> ClusterScheduler::TakeBatch() {
@@ -86,11 +86,19 @@ std::vector<ClusterJob> ClusterScheduler::TakeBatch() {
   return batch;
 }
 
-void ClusterScheduler::RunBatch() {
+void ClusterScheduler::RunReady() {
   const std::vector<ClusterJob> batch = TakeBatch();
-  if (batch.empty()) return;
+  if (!batch.empty()) RunBatch(batch);
+}
+
+void ClusterScheduler::RunBatch(Jobs batch) {
   const auto start = std::chrono::steady_clock::now();
-  auto results = Cluster(batch);
+  auto memory = Allocate(batch);
+  if (absl::IsResourceExhausted(memory.status()) && batch.size() > 1) {
+    for (size_t i = 0; i < batch.size(); ++i) RunBatch(batch.subspan(i, 1));
+    return;
+  }
+  auto results = memory.ok() ? Cluster(batch, *std::move(memory)) : memory.status();
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   for (size_t i = 0; i < batch.size(); ++i) {
@@ -103,8 +111,20 @@ void ClusterScheduler::RunBatch() {
   }
 }
 
-absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(
-    const std::vector<ClusterJob>& batch) {
+absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs batch) {
+  BatchMemory memory;
+  size_t workspace_bytes = 0;
+  for (const ClusterJob& job : batch) workspace_bytes += WorkspaceBytes(job);
+  CKV_ASSIGN_OR_RETURN(memory.workspace, device_.Allocate(workspace_bytes));
+  for (const ClusterJob& job : batch) {
+    CKV_ASSIGN_OR_RETURN(memory.results.emplace_back().memory,
+                         device_.Allocate(job.heads.size() * ResultBytesOfHead(job)));
+  }
+  return memory;
+}
+
+absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
+                                                                     BatchMemory memory) {
   gpu::ClusterArgs cluster{.head_dim = batch[0].head_dim,
                            .dtype = batch[0].dtype,
                            .iterations = batch[0].iterations,
@@ -112,16 +132,10 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(
                            .center_keys = batch[0].center_keys,
                            .problems = {}};
   gpu::PermuteArgs permute{.row_bytes = RowBytes(batch[0]), .problems = {}};
-  size_t workspace_bytes = 0;
-  for (const ClusterJob& job : batch) workspace_bytes += WorkspaceBytes(job);
-  CKV_ASSIGN_OR_RETURN(auto workspace, device_.Allocate(workspace_bytes));
-  Carver workspace_carver(workspace->data());
-
-  std::vector<ClusterResult> results(batch.size());
+  Carver workspace_carver(memory.workspace->data());
+  std::vector<ClusterResult> results = std::move(memory.results);
   for (size_t i = 0; i < batch.size(); ++i) {
     const ClusterJob& job = batch[i];
-    CKV_ASSIGN_OR_RETURN(results[i].memory,
-                         device_.Allocate(job.heads.size() * ResultBytesOfHead(job)));
     Carver carver(results[i].memory->data());
     const size_t means_bytes = job.max_clusters * job.head_dim * gpu::SizeOf(job.dtype);
     for (const ClusterJob::Head& head : job.heads) {

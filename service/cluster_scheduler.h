@@ -4,7 +4,9 @@
 //   Submit(job) ─► ready jobs ─► k-means of a whole batch ─► permute in place ─► done(results)
 //   Publish(args) ─► metadata, then published_segments ─► done
 //
-// A batch is bounded by workspace bytes, so that one device burst stays short (design D6).
+// A batch is bounded by workspace bytes, so that one device burst stays short (design D6). Where
+// the device has no memory for a batch, its jobs run one by one; a job that gets none even then
+// fails alone, with RESOURCE_EXHAUSTED.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "gpu/cluster_ops.h"
 #include "gpu/device.h"
 #include "service/task_queue.h"
@@ -73,9 +76,18 @@ class ClusterScheduler {
  private:
   ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream);
 
+  // What a batch needs on the device while it runs, and what is left of it.
+  struct BatchMemory {
+    std::unique_ptr<gpu::DeviceMemory> workspace;
+    std::vector<ClusterResult> results;  // of each job
+  };
+  using Jobs = absl::Span<const ClusterJob>;
+
   std::vector<ClusterJob> TakeBatch();
-  void RunBatch();
-  absl::StatusOr<std::vector<ClusterResult>> Cluster(const std::vector<ClusterJob>& batch);
+  void RunReady();
+  void RunBatch(Jobs batch);
+  absl::StatusOr<BatchMemory> Allocate(Jobs batch);
+  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory);
 
   gpu::Device& device_;
   std::unique_ptr<gpu::Stream> stream_;

@@ -30,6 +30,8 @@ constexpr int kExitUsage = 2;
 constexpr int kExitUnavailable = 3;
 constexpr int kExitExhausted = 4;
 
+constexpr absl::Duration kTickInterval = absl::Seconds(1);
+
 int ExitCode(const absl::Status& status) {
   switch (status.code()) {
     case absl::StatusCode::kOk:
@@ -72,14 +74,19 @@ class Signals {
   sigset_t set_;
 };
 
-// Until no session is left, the timeout, or a second signal.
+// Until no session is left, the timeout, or a second signal. What is left goes on as before, and
+// its housekeeping with it.
 void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals) {
   auto idle = std::make_shared<std::promise<void>>();
   auto done = idle->get_future();
   core.Drain(timeout, [idle] { idle->set_value(); });
   const absl::Time deadline = absl::Now() + timeout;
+  absl::Time next_tick = absl::Now();
   while (absl::Now() < deadline && !signals.Wait(absl::Milliseconds(50))) {
     if (done.wait_for(std::chrono::seconds(0)) == std::future_status::ready) return;
+    if (absl::Now() < next_tick) continue;
+    core.Tick();
+    next_tick = absl::Now() + kTickInterval;
   }
   LogWarning("ending the sessions that are left");
 }
@@ -117,7 +124,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());
   std::fflush(stdout);
 
-  while (!signals.Wait(absl::Seconds(1))) core->Tick();
+  while (!signals.Wait(kTickInterval)) core->Tick();
 
   // The order of shutdown.
   LogInfo("draining", {{"timeout", absl::FormatDuration(config.drain_timeout)}});

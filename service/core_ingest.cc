@@ -9,6 +9,7 @@
 
 #include "gpu/cluster_ops.h"
 #include "gpu/decode_ops.h"
+#include "gpu/segment_plan.h"
 #include "gpu/status_macros.h"
 #include "service/core.h"
 #include "service/logging.h"
@@ -28,16 +29,6 @@ uint64_t ProblemSeed(uint64_t seed, uint32_t ordinal, uint32_t layer, uint32_t h
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
   }
   return x ^ (x >> 31);
-}
-
-// gpu::AllSegments(...).size(), without making a list of what may be millions.
-uint64_t SegmentsOf(const gpu::MethodOptions& method, uint32_t prompt_tokens, uint32_t length) {
-  const uint64_t exact = uint64_t{method.sink_tokens} + method.min_window_tokens;
-  const uint64_t clustered = prompt_tokens > exact ? prompt_tokens - exact : 0;
-  const uint64_t beyond = std::max<uint64_t>(exact, prompt_tokens);
-  const uint64_t decoded = length > beyond ? length - beyond : 0;
-  return (clustered + method.prompt_segment_tokens - 1) / method.prompt_segment_tokens +
-         decoded / method.decode_segment_tokens;
 }
 
 uint64_t RangeBytes(const gpu::Shape& shape, const IngestRequest& request) {
@@ -107,6 +98,18 @@ absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
           "tokens up to {} with end_of_prompt {}, but the prompt has {} in other layers", end,
           request.end_of_prompt, *sequence.prompt_tokens));
     }
+  }
+  const gpu::RangeKind kind = all_ended               ? gpu::RangeKind::kDecoded
+                              : request.end_of_prompt ? gpu::RangeKind::kPromptEnd
+                                                      : gpu::RangeKind::kPrompt;
+  const uint64_t segments = uint64_t{request.layer_count} * shape.kv_heads *
+                            gpu::SegmentsOfRange(sequence.method, kind, request.count);
+  if (segments > gpu::kMaxSegmentsOfRange) {
+    return absl::InvalidArgumentError(fmt::format(
+        "{} tokens of {} layers begin up to {} segments of a (layer, KV head), at most {} may "
+        "begin "
+        "in one range: hand over fewer tokens or layers at a time, or use longer segments",
+        request.count, request.layer_count, segments, gpu::kMaxSegmentsOfRange));
   }
   const uint32_t furthest =
       std::ranges::max_element(sequence.layers, {}, &LayerProgress::accepted)->accepted;
@@ -402,11 +405,12 @@ void ServiceCore::DoWait(Session& session, Sequence& sequence, Waiter waiter) {
   sequence.waiters.push_back(std::move(waiter));
 }
 
+// A prompt whose end is known has to have arrived, whatever of it is clustered: a served step may
+// follow. Before the end is known its full segments are all that the rules allow.
 bool ServiceCore::WaitIsOver(const Sequence& sequence, uint32_t length) const {
-  if (!sequence.prompt_ended()) return false;
-  const uint32_t prompt = *sequence.prompt_tokens;
-  return sequence.published_segments >=
-         SegmentsOf(sequence.method, prompt, std::max(length, prompt));
+  const std::optional<uint32_t> prompt = sequence.prompt_tokens;
+  if (prompt && length >= *prompt && !sequence.prompt_ended()) return false;
+  return sequence.published_segments >= gpu::SegmentCount(sequence.method, prompt, length);
 }
 
 void ServiceCore::NotifyWaiters(Sequence& sequence) {

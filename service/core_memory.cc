@@ -89,6 +89,7 @@ void ServiceCore::DoAllocateArena(Session& session, uint64_t bytes, Completion<A
         } else {
           GiveGpuBytes(owner, rounded);
         }
+        PublishStatus();  // a tick may have told of what was asked for
         FinishEnd(owner);
         if (!exported->ok()) return done(exported->status());
         return done(absl::UnauthenticatedError("the session is over"));

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "gpu/cluster_ops.h"
+#include "gpu/segment_plan.h"
 #include "gpu/status_macros.h"
 #include "service/core.h"
 #include "service/logging.h"
@@ -87,6 +88,17 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
         fmt::format("a segment of one KV head takes {} bytes, a chunk holds {}: use a smaller "
                     "prompt_segment_tokens or a larger --host-chunk",
                     extent, pool_->chunk_bytes())));
+  }
+  // Of all layers or, at the prompt's end, of one layer, a token must fit into a range.
+  const uint64_t segments = std::max<uint64_t>(
+      request.shape.problems(),
+      request.shape.kv_heads * gpu::SegmentsOfRange(method, gpu::RangeKind::kPromptEnd, 1));
+  if (segments > gpu::kMaxSegmentsOfRange) {
+    return done(absl::InvalidArgumentError(fmt::format(
+        "{} layers of {} KV heads, with a window of {} tokens in decode segments of {}: a single "
+        "token may begin {} segments of a (layer, KV head), at most {} may begin in one range",
+        request.shape.layers, request.shape.kv_heads, method.min_window_tokens,
+        method.decode_segment_tokens, segments, gpu::kMaxSegmentsOfRange)));
   }
   if (session.sequences.size() >= options_.max_sequences_per_session) {
     return done(absl::ResourceExhaustedError(

@@ -31,6 +31,7 @@ struct ServiceCore::ServeWork {
     gpu::LayerCounters before{}, after{};
     std::vector<gpu::LayerCounters> all_counters;
     FetchResult result;
+    absl::Status failure;  // of this sequence alone
   };
   SessionId session = 0;
   FetchRequest request;  // owns the inline bytes
@@ -135,7 +136,7 @@ absl::Status ServiceCore::PrepareItem(Session& session, const FetchRequest& requ
   if (sequence->step.in_flight) {
     return refuse(absl::StatusCode::kAborted, "another call on it has not returned");
   }
-  if (!sequence->prompt_ended() || !WaitIsOver(*sequence, 0)) {
+  if (!sequence->prompt_ended() || !WaitIsOver(*sequence, *sequence->prompt_tokens)) {
     return refuse(absl::StatusCode::kFailedPrecondition, "its prompt is not published yet");
   }
 
@@ -265,14 +266,17 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
   for (size_t i = 0; i < count; ++i) {
     ServeWork::Item& item = work.items[i];
     if (errors[i] != 0) {
-      return absl::InternalError(
+      item.failure = absl::InternalError(
           fmt::format("sequence {}: step error bits {}", item.result.sequence, errors[i]));
+      continue;
     }
     item.after = item.all_counters[layer];
     item.result.hit_clusters =
         static_cast<uint32_t>(item.after.hit_clusters - item.before.hit_clusters);
     item.result.missed_clusters =
         static_cast<uint32_t>(item.after.missed_clusters - item.before.missed_clusters);
+    item.result.hit_tokens = item.after.hit_tokens - item.before.hit_tokens;
+    item.result.missed_tokens = item.after.missed_tokens - item.before.missed_tokens;
     item.result.gathered_bytes = item.after.gathered_bytes - item.before.gathered_bytes;
     gpu::StepLatch latch;
     CKV_RETURN_IF_ERROR(
@@ -301,13 +305,15 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
 void ServiceCore::FinishServe(std::shared_ptr<ServeWork> work, absl::Status status) {
   std::vector<FetchResult> results;
   std::vector<Sequence*> sequences;
+  std::vector<std::string> failures;
   for (ServeWork::Item& item : work->items) {
     Sequence& sequence = *item.sequence;
     --sequence.in_flight;
     sequence.step.in_flight = false;
     sequences.push_back(&sequence);
-    if (!status.ok()) {
-      Fail(sequence, status);
+    if (const absl::Status& why = status.ok() ? item.failure : status; !why.ok()) {
+      Fail(sequence, why);
+      failures.emplace_back(why.message());
       continue;
     }
     FoldCounters(sequence, item.all_counters);
@@ -320,6 +326,11 @@ void ServiceCore::FinishServe(std::shared_ptr<ServeWork> work, absl::Status stat
     SubmitReady(sequence);
   }
   PublishStatus();
+  if (status.ok() && !failures.empty()) {
+    status = absl::InternalError(
+        fmt::format("{} of {} sequences have failed, the step of the others can be repeated: {}",
+                    failures.size(), work->items.size(), fmt::join(failures, "; ")));
+  }
   if (status.ok()) {
     work->done(std::move(results));
   } else {

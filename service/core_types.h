@@ -113,6 +113,7 @@ struct FetchResult {
   std::vector<int32_t> selected;   // [kv_heads][budget], -1 beyond the last
   uint32_t cut = 0;
   uint32_t hit_clusters = 0, missed_clusters = 0;
+  uint64_t hit_tokens = 0, missed_tokens = 0;  // of whole clusters
   uint64_t gathered_bytes = 0;
 };
 

@@ -111,10 +111,17 @@ HostPool::~HostPool() {
 absl::Status HostPool::Reserve(uint32_t chunks) {
   const auto available = static_cast<uint32_t>(free_.size()) - reserved_;
   if (chunks > available) {
+    // What has just been released is on its way back: the caller may try again.
+    const std::string hope = quarantined_ == 0
+                                 ? ""
+                                 : fmt::format(
+                                       "; {} bytes are in quarantine and will be free soon, once "
+                                       "the workers that had them have unmapped them",
+                                       quarantined_ * chunk_bytes_);
     return absl::ResourceExhaustedError(fmt::format(
         "host pool: {} chunks of {} bytes asked for, {} of {} free ({} lent, {} reserved, {} "
-        "quarantined)",
-        chunks, chunk_bytes_, available, chunk_count(), lent_, reserved_, quarantined_));
+        "quarantined){}",
+        chunks, chunk_bytes_, available, chunk_count(), lent_, reserved_, quarantined_, hope));
   }
   reserved_ += chunks;
   return absl::OkStatus();

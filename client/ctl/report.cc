@@ -112,6 +112,7 @@ std::string PingTable(const PingTimes& times) {
 std::string StatusJson(const v1::GetStatusReply& status) {
   return Dump(Json{{"version", status.version()},
                    {"backend", status.backend()},
+                   {"device", status.device()},
                    {"boot_epoch", status.boot_epoch()},
                    {"ready", status.ready()},
                    {"not_ready_reason", status.not_ready_reason()},
@@ -132,6 +133,7 @@ std::string StatusTable(const v1::GetStatusReply& status) {
   const std::string ready = status.ready() ? "yes" : "no: " + status.not_ready_reason();
   return Table({{"version", status.version()},
                 {"backend", status.backend()},
+                {"device", status.device()},
                 {"boot epoch", fmt::format("{:016x}", status.boot_epoch())},
                 {"ready", ready},
                 {"uptime", fmt::format("{:.0f} s", status.uptime_seconds())},

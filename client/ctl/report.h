@@ -17,7 +17,7 @@ struct PingTimes {
 
 std::string PingJson(const PingTimes& times);
 std::string PingTable(const PingTimes& times);
-// As the admin port's /status, which also names the device.
+// As the admin port's /status.
 std::string StatusJson(const v1::GetStatusReply& status);
 std::string StatusTable(const v1::GetStatusReply& status);
 std::string SessionsJson(const v1::GetStatusReply& status);

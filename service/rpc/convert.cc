@@ -180,6 +180,8 @@ void ToProto(FetchResult result, v1::FetchResult& reply) {
   reply.set_cut(result.cut);
   reply.set_hit_clusters(result.hit_clusters);
   reply.set_missed_clusters(result.missed_clusters);
+  reply.set_hit_tokens(result.hit_tokens);
+  reply.set_missed_tokens(result.missed_tokens);
   reply.set_gathered_bytes(result.gathered_bytes);
 }
 
@@ -206,6 +208,7 @@ void ToProto(const DaemonStatus& status, v1::GetStatusReply& reply) {
   reply.set_boot_epoch(status.boot_epoch);
   reply.set_version(status.version);
   reply.set_backend(status.backend);
+  reply.set_device(status.device);
   reply.set_ready(status.ready);
   reply.set_not_ready_reason(status.not_ready_reason);
   reply.set_sessions(status.sessions.size());

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <optional>
 #include <random>
 
 #include "tests/gpu/seed.h"
@@ -116,6 +117,26 @@ TEST(SegmentPlan, SegmentsDoNotDependOnWhenTheLengthIsKnown) {
   }
 }
 
+TEST(SegmentPlan, CountIsThatOfThePlanWhateverIsKnownOfThePrompt) {
+  const uint64_t seed = TestSeed();
+  SCOPED_TRACE(SeedTrace(seed));
+  std::mt19937_64 random(seed);
+  for (int round = 0; round < 5000; ++round) {
+    const MethodOptions method = RandomMethod(random);
+    const auto length = static_cast<uint32_t>(random() % 800);
+    std::optional<uint32_t> prompt;
+    if (round % 3 != 0) prompt = static_cast<uint32_t>(random() % 800);
+    SegmentPlan plan(method);
+    uint32_t count = 0;
+    while (const auto next = plan.Next(length, prompt)) {
+      plan.Advance(*next);
+      ++count;
+    }
+    ASSERT_EQ(SegmentCount(method, prompt, length), count)
+        << "prompt " << (prompt ? static_cast<int>(*prompt) : -1) << " length " << length;
+  }
+}
+
 TEST(SegmentPlan, BoundsHoldForAnyPromptAndAnySplit) {
   const uint64_t seed = TestSeed();
   SCOPED_TRACE(SeedTrace(seed));
@@ -133,6 +154,17 @@ TEST(SegmentPlan, BoundsHoldForAnyPromptAndAnySplit) {
     }
     ASSERT_LE(clusters, MaxClusters(method, max_tokens));
   }
+}
+
+TEST(SegmentPlan, SegmentsOfARangeCountTheWindowsAtThePromptsEnd) {
+  MethodOptions method = SmallMethod();  // prompt segments of 10, decode segments of 5
+  method.min_window_tokens = 11;
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, 1), 1u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, 10), 1u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, 11), 2u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPromptEnd, 11), 2u + 3u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kDecoded, 11), 3u);
+  EXPECT_EQ(SegmentsOfRange(method, RangeKind::kPrompt, ~0u), 429'496'730u);
 }
 
 TEST(SegmentPlan, ClustersOfSegmentRoundsUp) {
@@ -171,6 +203,8 @@ TEST(SegmentPlan, LargestSequenceDoesNotOverflow) {
   method.prompt_segment_tokens = 1;
   method.tokens_per_cluster = 1;
   EXPECT_EQ(MaxSegments(method, 16'777'216), 16'777'217u);
+  EXPECT_EQ(SegmentCount(method, 16'777'216, 16'777'216), 16'777'216u);
+  EXPECT_EQ(SegmentCount(method, std::nullopt, 16'777'216), 16'777'216u);
   EXPECT_EQ(MaxClusters(method, 16'777'216), 16'777'216u);
   EXPECT_EQ(SegmentPlan(method).Next(~0u, ~0u), (Segment{0, 1}));
 }

@@ -257,6 +257,8 @@ TEST_F(ClientLifecycle, DecodesAndLeavesNothingBehind) {
     const gpu::LayerCounters counters = member.sequence->counters(1);
     EXPECT_GT(counters.hit_clusters, 0u);
     EXPECT_GT(counters.missed_clusters, 0u);
+    EXPECT_GT(counters.hit_tokens, counters.hit_clusters);
+    EXPECT_EQ(counters.missed_tokens * SmallShape().row_bytes(), counters.gathered_bytes);
     EXPECT_GT(counters.gathered_bytes, 0u);
     const v1::GetStatusReply status = Status();
     EXPECT_EQ(status.sessions(), 1u);
@@ -303,6 +305,8 @@ TEST_F(ClientLifecycle, DirectAndServedSelectTheSame) {
   EXPECT_EQ(selections[1], selections[3]);
   EXPECT_EQ(counters[0].missed_clusters, counters[1].missed_clusters);
   EXPECT_EQ(counters[0].gathered_bytes, counters[1].gathered_bytes);
+  EXPECT_EQ(counters[0].hit_clusters, counters[1].hit_clusters);
+  EXPECT_EQ(counters[0].hit_tokens, counters[1].hit_tokens);
   EXPECT_EQ(counters[0].missed_tokens, counters[1].missed_tokens);
 }
 
@@ -409,6 +413,36 @@ TEST_F(ClientLifecycle, KeepsTheOrderOfCalls) {
     ASSERT_TRUE(batch->End().ok());
     EXPECT_LT(step.WorstError(), 1e-5);
     EXPECT_TRUE(absl::IsOutOfRange(batch->Begin()));  // max_tokens
+  }
+}
+
+TEST_F(ClientLifecycle, FullSegmentsCanBeWaitedForBeforeThePromptEnds) {
+  auto client = Connect();
+  ASSERT_NE(client, nullptr);
+  for (const FetchMode mode : {FetchMode::kDirect, FetchMode::kServed}) {
+    Member member(*client, Options(mode));
+    Sequence& sequence = *member.sequence;
+    ASSERT_TRUE(member.Ingest(200, random_, false).ok());
+    for (const uint32_t length : {200u, 140u, 200u}) {
+      const auto published = sequence.WaitPublished(length);
+      ASSERT_TRUE(published.ok()) << published.status();
+      EXPECT_EQ(published->cut, 4u + 128u);
+    }
+    EXPECT_TRUE(absl::IsFailedPrecondition(sequence.WaitPublished(0).status()));
+    // The second segment needs tokens that have not come; as it turns out there is none.
+    EXPECT_TRUE(
+        absl::IsDeadlineExceeded(sequence.WaitPublished(280, absl::Milliseconds(100)).status()));
+    ASSERT_TRUE(member.Ingest(10, random_).ok());
+    EXPECT_EQ(sequence.WaitPublished(0)->cut, 210u - 8u);
+    auto batch = *client->CreateBatch({&sequence});
+    double error = 0;
+    for (int i = 0; i < 70; ++i) {
+      const absl::Status status = Decode(*batch, {&member}, random_, &error);
+      ASSERT_TRUE(status.ok()) << status;
+      ASSERT_TRUE(sequence.WaitPublished(sequence.length()).ok());
+    }
+    EXPECT_LT(error, 1e-5);
+    EXPECT_EQ(sequence.published().cut, 202u + 4 * 16u);
   }
 }
 

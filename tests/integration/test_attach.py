@@ -429,6 +429,28 @@ def test_chunks_that_are_not_unmapped_stay_in_quarantine(daemon):
     worker.close()
 
 
+def test_a_refusal_tells_what_is_in_quarantine(start_daemon):
+    daemon = start_daemon({"host-memory": "4mb"})  # one chunk
+    worker, kv, sequence = published(daemon, DIRECT, map_chunks=False)
+    worker.wait_for(lambda: worker.pending_chunks)
+    with pytest.raises(grpc.RpcError) as caught:
+        worker.register(kv.shape, METHOD, 20000, SERVED)  # can never be
+    assert "quarantine " not in caught.value.details()
+    worker.release(sequence)
+    worker.wait_for(lambda: 0 in worker.revoked_chunks)
+    with pytest.raises(grpc.RpcError) as caught:
+        worker.register(kv.shape, METHOD, 400, SERVED)
+    assert caught.value.code() == Code.RESOURCE_EXHAUSTED
+    assert f"{4 << 20} bytes are in quarantine and will be free soon" in caught.value.details()
+    worker.attach_socket.send(chunk_unmapped=v1.ChunkUnmapped(chunk_index=0))
+    deadline = time.monotonic() + bound(5)
+    while daemon.held()["quarantined"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    worker.register(kv.shape, METHOD, 400, SERVED)
+    worker.close()
+
+
 def test_chunks_of_a_broken_session_stay_in_quarantine_until_the_process_dies(daemon):
     with Child(daemon.address, "dropped") as child:
         deadline = time.monotonic() + bound(5)

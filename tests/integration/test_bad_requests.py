@@ -145,6 +145,29 @@ def test_arenas_are_bounded(scene, size, code, message):
         scene.mine.call("AllocateArena", bytes=size)
 
 
+@pytest.mark.parametrize("size", [64 << 30, 900 << 30])
+def test_an_arena_beyond_the_machines_memory_is_refused_at_once(start_daemon, size):
+    """Where no --gpu-memory bounds it. Linux would promise it, and kill somebody later."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        memory = {name: int(kibibytes.split()[0]) << 10 for name, kibibytes in
+                  (line.split(":") for line in file)}
+    size = max(size, 2 * memory["MemTotal"])
+    if size > 2**40:
+        pytest.skip("this machine has room for the largest arena")
+    daemon = start_daemon()
+    with Worker(daemon.address) as worker:
+        worker.allocate_ring(4096)
+        before = daemon.steady()
+        started = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            worker.call("AllocateArena", bytes=size)
+        assert time.monotonic() - started < bound(2)
+        assert caught.value.code() == FULL and str(size) in caught.value.details()
+        assert daemon.steady() == before
+        worker.allocate_ring(1 << 20)  # what fits is given
+    daemon.wait_until_free()
+
+
 def test_a_session_has_only_so_many_arenas(scene):
     with scene.refuses(FULL, f"has {MAX_ARENAS} arenas"):
         scene.other.call("AllocateArena", bytes=4096)
@@ -197,6 +220,8 @@ REGISTER = rows(
     ({"max_tokens": 16777216, "method": changed(METHOD, decode_segment_tokens=320)}, FULL,
      "gpu-memory|host pool"),
     ({"max_tokens": 100000}, FULL, "host pool|gpu-memory"),
+    ({"method": changed(METHOD, min_window_tokens=65536, decode_segment_tokens=2)}, INVALID,
+     "may begin 65538 segments of a .*, at most 65536"),
     ({"shape": shape_of(layers=1024, kv_heads=1024, group=16, head_dim=256),
       "max_tokens": 16777216}, INVALID, "the state of 1024 layers|host-chunk"),
     ({"shape": shape_of(layers=1024, kv_heads=64)}, FULL, "gpu-memory: "),
@@ -316,18 +341,13 @@ def test_ingest_checks_every_field(scene, fields, code, message):
 
 def test_the_last_range_can_be_sent_again(scene):
     again = ingest_fields(scene, position=20, layer_begin=0, idempotency_key=2,
-                          ring_offset=0)
-    # What the range was: 10 tokens of layer 0 at the ring's start, or behind the one before.
+                          ring_offset=scene.open.last_offset)
     scene.wait_quiet()
     before = scene.picture()
-    replies = []
-    for offset in (0, 20 * 2 * ROW_BYTES):
-        try:
-            replies.append(scene.mine.call("IngestTokens", **{**again, "ring_offset": offset}))
-        except grpc.RpcError as error:
-            assert error.code() == INVALID
-    assert [reply.ingested_tokens for reply in replies] == [20]
+    assert scene.mine.call("IngestTokens", **again).ingested_tokens == 20
     assert scene.picture() == before
+    with scene.refuses(INVALID, "does not rise"):  # another range by the same key
+        scene.mine.call("IngestTokens", **{**again, "ring_offset": again["ring_offset"] + 64})
 
 
 # --- WaitPublished, ReleaseSequence -------------------------------------------------------------
@@ -348,11 +368,12 @@ def test_waiting_checks_every_field(scene, fields, code, message):
 
 def test_waiting_ends_at_the_deadline_and_takes_its_waiter_back(scene):
     with scene.refuses(Code.DEADLINE_EXCEEDED):
-        scene.mine.call("WaitPublished", sequence_id=scene.open.id, length=30, timeout=0.3)
+        scene.mine.call("WaitPublished", sequence_id=scene.open.id, length=MAX_TOKENS, timeout=0.3)
 
 
 def test_a_session_has_only_so_many_waiters(scene):
-    request = v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=scene.open.id, length=30)
+    request = v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=scene.open.id,
+                                      length=MAX_TOKENS)
     before = scene.picture()
     calls = [scene.mine.stub.WaitPublished.future(request, timeout=bound(60))
              for _ in range(4097)]
@@ -375,10 +396,10 @@ def test_only_ones_own_sequences_can_be_released(scene, value):
 
 
 def test_releasing_twice_is_not_found_and_wakes_who_waits(scene):
-    extra = scene.mine.register(scene.shape, METHOD, 50, SERVED)
+    extra = scene.mine.register(scene.shape, METHOD, 200, SERVED)
     scene.wait_quiet()
     waiting = scene.mine.stub.WaitPublished.future(
-        v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=extra.id, length=50),
+        v1.WaitPublishedRequest(session=scene.mine.ref, sequence_id=extra.id, length=200),
         timeout=30)
     scene.mine.release(extra)
     assert waiting.exception(bound(20)).code() == MISSING

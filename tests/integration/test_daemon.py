@@ -203,6 +203,25 @@ def test_admin_endpoints(daemon):
     assert sum(states.values()) == 64 << 20 and len(states) == 4
 
 
+def test_clusterkvctl_status_says_what_the_admin_port_says(start_daemon):
+    daemon = start_daemon({"threads": "3"})
+
+    def told(form):
+        done = subprocess.run(
+            [program("clusterkvctl"), "--address", daemon.address, "status", "--format", form],
+            env=clean_environment(), capture_output=True, text=True, timeout=bound(30), check=True)
+        return done.stdout
+    with Worker(daemon.address) as worker:
+        worker.allocate_ring(4096)
+        by_grpc, by_http = json.loads(told("json")), daemon.status()
+        for status in (by_grpc, by_http):
+            status.pop("uptime_seconds")
+            status["session_list"][0].pop("age_seconds")
+        assert by_grpc == by_http
+        assert by_grpc["device"] == "host CPU, 3 threads"
+        assert "host CPU, 3 threads" in told("table")
+
+
 @pytest.mark.parametrize("path", ["/", "/statusz", "/status/", "/../etc/passwd", "/metrics/x",
                                   "/" + "a" * 1000])
 def test_an_unknown_path_is_not_found(daemon, path):
@@ -275,6 +294,31 @@ def test_drain_with_a_waiting_call_and_an_open_attach_is_bounded(start_daemon):
     assert daemon.wait(bound(10)) == 0
     assert waiting.exception(bound(5)).code() in (Code.NOT_FOUND, Code.UNAVAILABLE)
     worker.drop()
+    silent.drop()
+
+
+def test_housekeeping_goes_on_while_the_daemon_drains(start_daemon):
+    daemon = start_daemon({"drain-timeout": "60s", "attach-timeout": "2s"})
+    worker = Worker(daemon.address)
+    silent = Worker(daemon.address, "never attaches", attach=False)
+    sequence = worker.register(shape_of(), method_of(), 300, DIRECT)
+    worker.wait_for(lambda: sequence.reply.state_arena_id in worker.arenas)
+    daemon.signal(signal.SIGTERM)
+    worker.wait_for(lambda: worker.draining, 5)
+    # A direct worker counts in its state: L layers of {clusters, tokens} x {hit, missed}, bytes,
+    # on the third 256 bytes after the header's, the count's and the latch's.
+    worker.arenas[sequence.reply.state_arena_id][3 * 256:3 * 256 + 8] = (5).to_bytes(8, "little")
+    mode = '{gpu="host",mode="direct"}'
+    deadline = time.monotonic() + bound(10)
+    while daemon.metrics()[f"clusterkv_cache_clusters_hit_total{mode}"] != 5:
+        assert time.monotonic() < deadline, "the counters are not sampled"
+        time.sleep(0.05)
+    silent.wait_for(lambda: silent.stream_error, 10)
+    assert silent.stream_error.code() == Code.ABORTED
+    assert "did not attach in time" in silent.stream_error.details()
+    assert worker.stream_error is None
+    worker.close()
+    assert daemon.wait(bound(10)) == 0
     silent.drop()
 
 

@@ -226,7 +226,7 @@ def test_a_small_budget_attends_to_sinks_selection_and_window(daemon, worker, bu
     sequence = worker.register(kv.shape, method_of(budget_tokens=128), 460, SERVED)
     worker.ingest(sequence, ring, kv, 400, chunk=100)
     worker.wait(sequence)
-    metrics = {"hit": 0, "missed": 0, "bytes": 0}
+    metrics = {"hit": 0, "missed": 0, "hit_tokens": 0, "missed_tokens": 0, "bytes": 0}
     for position in range(400, 460):
         for layer in range(2):
             result = worker.fetch(sequence, kv, position, layer, budget=budget, want_output=True,
@@ -238,6 +238,11 @@ def test_a_small_budget_attends_to_sinks_selection_and_window(daemon, worker, bu
             assert result.hit_clusters + result.missed_clusters >= 1
             metrics["hit"] += result.hit_clusters
             metrics["missed"] += result.missed_clusters
+            # Clusters count whole, and a missed one is gathered whole: K and V, fp16.
+            assert result.hit_clusters <= result.hit_tokens
+            assert result.missed_tokens * 2 * 64 * 2 == result.gathered_bytes
+            metrics["hit_tokens"] += result.hit_tokens
+            metrics["missed_tokens"] += result.missed_tokens
             metrics["bytes"] += result.gathered_bytes
         # As the segment rules allow: the newest that is clustered leaves at least 16 exact.
         worker.wait(sequence, length=position + 1)
@@ -247,6 +252,8 @@ def test_a_small_budget_attends_to_sinks_selection_and_window(daemon, worker, bu
     found = daemon.metrics()
     assert found[f"clusterkv_cache_clusters_hit_total{mode}"] == metrics["hit"]
     assert found[f"clusterkv_cache_clusters_missed_total{mode}"] == metrics["missed"]
+    assert found[f"clusterkv_cache_tokens_hit_total{mode}"] == metrics["hit_tokens"]
+    assert found[f"clusterkv_cache_tokens_missed_total{mode}"] == metrics["missed_tokens"]
     assert found["clusterkv_host_gathered_bytes_total"] == metrics["bytes"]
 
 

@@ -64,6 +64,7 @@ class Sequence:
         self.id, self.reply, self.shape, self.method = reply.sequence_id, reply, shape, method
         self.next_key = 1
         self.accepted = [0] * shape.layers  # tokens per layer
+        self.last_offset = None  # where in the ring the last range lay
 
 
 class Worker:
@@ -243,6 +244,7 @@ class Worker:
         """The next `count` tokens of these layers, which must be equally far."""
         position = sequence.accepted[layer_begin]
         offset = self.put(ring, kv.pack(layer_begin, layer_count, position, count))
+        sequence.last_offset = offset
         reply = self.call("IngestTokens", sequence_id=sequence.id, position=position, count=count,
                           layer_begin=layer_begin, layer_count=layer_count,
                           arena_id=ring.arena_id, ring_offset=offset, end_of_prompt=last,

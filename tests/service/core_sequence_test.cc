@@ -208,6 +208,41 @@ TEST_F(CoreSequenceTest, RefusesRangesThatLieWrong) {
   MustIngest(worker, sequence, 0, 10, false);
 }
 
+TEST_F(CoreSequenceTest, ARangeBeginsOnlySoManySegments) {
+  StartCore();
+  Worker worker = Attached();
+  RegisterRequest request = Request(FetchMode::kServed, worker->next_key++);
+  request.method.prompt_segment_tokens = request.method.decode_segment_tokens = 1;
+  request.method.min_window_tokens = 30'000;
+  request.method.window_lag_segments = 0;
+  request.max_tokens = 100'000;
+  request.reserve_tokens = 4;
+  const auto registered = Register(worker, request);
+  ASSERT_TRUE(registered.ok()) << registered.status();
+  const auto refusal = [&](uint32_t count, uint32_t layers, bool end) {
+    IngestRequest range = Range(worker, registered->sequence, 0, count, end);
+    range.layer_count = layers;
+    const absl::Status status = Ingest(worker, range).status();
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << status;
+    return std::string(status.message());
+  };
+  using testing::HasSubstr;
+  EXPECT_THAT(refusal(65'537, 1, false), HasSubstr("begin up to 65537 segments"));
+  EXPECT_THAT(refusal(32'769, 2, false), HasSubstr("begin up to 65538 segments"));
+  EXPECT_THAT(refusal(35'537, 1, true), HasSubstr("begin up to 65537 segments"));
+  // Those are not too many, but the ring is too short for them.
+  EXPECT_THAT(refusal(65'536, 1, false), HasSubstr("do not lie in arena"));
+  EXPECT_THAT(refusal(35'536, 1, true), HasSubstr("do not lie in arena"));
+  EXPECT_EQ(Sequences()[0].host_bytes, 0u);
+  MustIngest(worker, registered->sequence, 0, 500, false);
+
+  request.idempotency_key = worker->next_key++;
+  request.method.min_window_tokens = 65'536;
+  const absl::Status never = Register(worker, request).status();
+  EXPECT_EQ(never.code(), StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(never.message()), HasSubstr("may begin 65537 segments"));
+}
+
 TEST_F(CoreSequenceTest, ARepeatedRangeIsTakenOnce) {
   StartCore();
   Worker worker = Attached();
@@ -344,6 +379,53 @@ TEST_F(CoreSequenceTest, WaitEndsByPublishCancelReleaseOrSession) {
   EXPECT_EQ(ended.Get().status().code(), StatusCode::kNotFound);
 }
 
+TEST_F(CoreSequenceTest, WaitBeforeThePromptsEndIsForItsFullSegments) {
+  StartCore();
+  for (const FetchMode mode : {FetchMode::kDirect, FetchMode::kServed}) {
+    Worker worker = Attached();
+    const SequenceId sequence = MustRegister(worker, mode);
+    EXPECT_EQ(Wait(worker, sequence, 43)->cut, 4u);  // nothing can be published of so few
+    Reply<PublishedInfo> first, second, beyond;
+    core_->WaitPublished(worker->key, sequence, 44, first.done());
+    core_->WaitPublished(worker->key, sequence, 80, second.done());
+    core_->WaitPublished(worker->key, sequence, 108, beyond.done());
+    MustIngest(worker, sequence, 0, 43, false);
+    Fence();
+    EXPECT_FALSE(first.ready());  // the window behind the segment is not full
+    MustIngest(worker, sequence, 43, 1, false);
+    EXPECT_EQ(first.Get()->cut, 36u);
+    EXPECT_FALSE(second.ready());
+    MustIngest(worker, sequence, 44, 32, false);
+    EXPECT_EQ(second.Get()->cut, 68u);  // though 76 tokens have come, not 80
+    EXPECT_EQ(Wait(worker, sequence, 76)->cut, 68u);
+    EXPECT_FALSE(beyond.ready());
+    // A length that turns out to be beyond the end: tail and decode segments count.
+    MustIngest(worker, sequence, 76, 14, true);
+    EXPECT_EQ(Wait(worker, sequence, 80)->segments, 2u);
+    EXPECT_EQ(Wait(worker, sequence, 0)->cut, 82u);
+    if (mode == FetchMode::kDirect) {
+      EXPECT_FALSE(beyond.ready());
+      MustIngest(worker, sequence, 90, 16, false);
+      EXPECT_EQ(beyond.Get()->cut, 98u);
+    }
+  }
+}
+
+TEST_F(CoreSequenceTest, WaitForAKnownEndIsOverOnceThePromptHasArrived) {
+  StartCore();
+  Worker worker = Attached();
+  const SequenceId sequence = MustRegister(worker, FetchMode::kServed);
+  device_->stage.Close();
+  EXPECT_TRUE(Ingest(worker, Range(worker, sequence, 0, 10, true)).ok());
+  Reply<PublishedInfo> waiting;
+  core_->WaitPublished(worker->key, sequence, 10, waiting.done());
+  EXPECT_EQ(Wait(worker, sequence, 9)->segments, 0u);
+  EXPECT_FALSE(waiting.ready());  // no segment is to come, but a step may follow
+  device_->stage.Open();
+  EXPECT_EQ(waiting.Get()->segments, 0u);
+  EXPECT_TRUE(DoFetch(worker, Fetch(sequence, 10, 0)).ok());
+}
+
 TEST_F(CoreSequenceTest, PublishesTheSegmentsOfThePlan) {
   const uint64_t seed = gpu::TestSeed();
   SCOPED_TRACE(gpu::SeedTrace(seed));
@@ -433,6 +515,31 @@ TEST_F(CoreSequenceTest, FailedClusteringFailsTheSequence) {
   EXPECT_TRUE(AwaitStatus([](const DaemonStatus& s) {
     return s.sequences == 0 && s.host.free_bytes() == s.host.total_bytes;
   }));
+}
+
+TEST_F(CoreSequenceTest, TooLittleDeviceMemoryForABatchFailsOnlyWhatCannotRunAlone) {
+  StartCore();
+  Worker worker = Attached();
+  const SequenceId first = MustRegister(worker, FetchMode::kDirect);
+  const SequenceId small = MustRegister(worker, FetchMode::kDirect);
+  RegisterRequest request = Request(FetchMode::kDirect, worker->next_key++);
+  request.method.prompt_segment_tokens = 128;
+  const auto large = Register(worker, request);
+  ASSERT_TRUE(large.ok()) << large.status();
+  device_->cluster.Close();
+  MustIngest(worker, first, 0, 60, true);
+  device_->cluster.AwaitArrival();
+  MustIngest(worker, small, 0, 60, true);
+  MustIngest(worker, large->sequence, 0, 140, true);
+  Fence();  // what is ready has been submitted: the next batch takes it all
+  device_->largest_allocation = 32 * 256;  // the workspace of a segment of `small`
+  device_->cluster.Open();
+  EXPECT_TRUE(
+      worker->Await([&](const Told& told) { return told.failed.contains(large->sequence); }));
+  EXPECT_EQ(worker->told().failed.at(large->sequence).code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(Wait(worker, first, 0)->cut, 52u);
+  EXPECT_EQ(Wait(worker, small, 0)->cut, 52u);
+  EXPECT_EQ(worker->told().failed.size(), 1u);
 }
 
 TEST_F(CoreSequenceTest, FullPoolRefusesARangeAndTheSequenceGoesOn) {

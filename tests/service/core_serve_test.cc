@@ -1,4 +1,5 @@
 // Served fetch of a ServiceCore, and the counters of both modes.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -107,6 +108,41 @@ TEST_F(CoreServeTest, TheLastCallCanBeRepeated) {
   EXPECT_EQ(Sequences()[0].ingested_tokens, 64u);
 }
 
+TEST_F(CoreServeTest, AStepErrorFailsItsSequenceAlone) {
+  StartCore();
+  Worker worker = Attached();
+  const SequenceId first = Prompted(worker);
+  const RegisterRequest registered = Request(FetchMode::kServed, worker->next_key);
+  const SequenceId second = Prompted(worker), third = Prompted(worker);
+  const auto batch = [&](uint32_t layer, const std::vector<SequenceId>& sequences) {
+    FetchRequest request = Fetch(first, 60, layer);
+    request.items.resize(sequences.size(), request.items[0]);
+    for (size_t i = 0; i < sequences.size(); ++i) request.items[i].sequence = sequences[i];
+    return request;
+  };
+  const auto again = Register(worker, registered);  // by its key
+  ASSERT_TRUE(again.ok() && again->sequence == second) << again.status();
+  device_->fail_steps_of_generation = again->generation;
+  const auto failed = DoFetch(worker, batch(0, {first, second, third}));
+  EXPECT_EQ(failed.status().code(), StatusCode::kInternal);
+  EXPECT_THAT(std::string(failed.status().message()),
+              testing::AllOf(testing::HasSubstr("1 of 3"),
+                             testing::EndsWith(fmt::format("sequence {}: step error bits {}",
+                                                           second, int{gpu::kWindowOverflow}))));
+  EXPECT_TRUE(worker->Await([&](const Told& told) { return told.failed.contains(second); }));
+  EXPECT_EQ(worker->told().failed.size(), 1u);
+  EXPECT_EQ(worker->told().failed.at(second).code(), StatusCode::kInternal);
+  EXPECT_EQ(FetchCode(worker, Fetch(second, 60, 0)), StatusCode::kInternal);
+  // The others have made the step.
+  for (uint32_t layer = 0; layer < 2; ++layer) {
+    const auto results = DoFetch(worker, batch(layer, {first, third}));
+    ASSERT_TRUE(results.ok()) << results.status();
+    EXPECT_EQ(results->at(0).output, results->at(1).output);
+  }
+  EXPECT_EQ(Sequences()[0].ingested_tokens, 61u);
+  EXPECT_TRUE(*Release(worker, second));
+}
+
 TEST_F(CoreServeTest, RefusesWhatItCannotServe) {
   StartCore();
   Worker worker = Attached();
@@ -211,19 +247,23 @@ TEST_F(CoreServeTest, ServedCountersAreTheSumOfTheReplies) {
   StartCore();
   Worker worker = Attached();
   const SequenceId sequence = Prompted(worker);
-  uint64_t hits = 0, misses = 0, gathered = 0;
+  uint64_t hits = 0, misses = 0, hit_tokens = 0, missed_tokens = 0, gathered = 0;
   for (uint32_t position = 60; position < 80; ++position) {
     for (uint32_t layer = 0; layer < 2; ++layer) {
       const auto results = DoFetch(worker, Fetch(sequence, position, layer));
       ASSERT_TRUE(results.ok()) << results.status();
       hits += results->front().hit_clusters;
       misses += results->front().missed_clusters;
+      hit_tokens += results->front().hit_tokens;
+      missed_tokens += results->front().missed_tokens;
       gathered += results->front().gathered_bytes;
     }
   }
   const CacheCounters served = core_->status().served;
   EXPECT_EQ(served.hit_clusters, hits);
   EXPECT_EQ(served.missed_clusters, misses);
+  EXPECT_EQ(served.hit_tokens, hit_tokens);
+  EXPECT_EQ(served.missed_tokens, missed_tokens);
   EXPECT_EQ(served.gathered_bytes, gathered);
   EXPECT_GT(hits, 0u);
   EXPECT_GT(misses, 0u);

@@ -1,14 +1,18 @@
-// The host device, whose staging and k-means wait at a gate or fail when a test says so.
+// The host device, whose staging, k-means, steps and allocations wait at a gate or fail when a test
+// says so.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
 
 #include "gpu/cluster_ops.h"
+#include "gpu/decode_ops.h"
 #include "gpu/device.h"
 
 namespace clusterkv::service {
@@ -47,12 +51,14 @@ class Gate {
   int waiting_ = 0;                  // guarded by mu_
 };
 
-class GatedDevice : public gpu::Device, private gpu::ClusterOps {
+class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::DecodeOps {
  public:
   explicit GatedDevice(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}
 
   Gate stage, cluster;
   std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
+  std::atomic<size_t> largest_allocation = SIZE_MAX;   // not of shared memory
+  std::atomic<uint32_t> fail_steps_of_generation = 0;  // by an error bit; 0: none
 
   const std::string& backend() const override { return device_->backend(); }
   const std::string& description() const override { return device_->description(); }
@@ -60,6 +66,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps {
     return device_->CreateStream(name);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> Allocate(size_t bytes) override {
+    if (bytes > largest_allocation) return absl::ResourceExhaustedError("no device memory");
     return device_->Allocate(bytes);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> AllocateShared(size_t bytes) override {
@@ -70,7 +77,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps {
                                                             size_t bytes) override {
     return device_->Import(std::move(fd), bytes);
   }
-  gpu::DecodeOps& decode_ops() override { return device_->decode_ops(); }
+  gpu::DecodeOps& decode_ops() override { return *this; }
   gpu::ClusterOps& cluster_ops() override { return *this; }
 
  private:
@@ -95,6 +102,39 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps {
     return device_->cluster_ops().Publish(stream, std::move(args));
   }
 
+  absl::Status WriteTokens(gpu::Stream& stream, const gpu::WriteTokensArgs& args) override {
+    return device_->decode_ops().WriteTokens(stream, args);
+  }
+  absl::Status BeginStep(gpu::Stream& stream, gpu::Batch batch) override {
+    return device_->decode_ops().BeginStep(stream, batch);
+  }
+  absl::Status Append(gpu::Stream& stream, gpu::Batch batch, uint32_t layer,
+                      const gpu::KvSource& source) override {
+    return device_->decode_ops().Append(stream, batch, layer, source);
+  }
+  absl::Status Select(gpu::Stream& stream, gpu::Batch batch, uint32_t layer,
+                      const gpu::QuerySource& queries, uint32_t budget_tokens) override {
+    return device_->decode_ops().Select(stream, batch, layer, queries, budget_tokens);
+  }
+  absl::Status Fetch(gpu::Stream& stream, gpu::Batch batch, uint32_t layer) override {
+    return device_->decode_ops().Fetch(stream, batch, layer);
+  }
+  absl::Status Attend(gpu::Stream& stream, gpu::Batch batch, uint32_t layer,
+                      const gpu::QuerySource& queries,
+                      const gpu::AttentionTarget& target) override {
+    return device_->decode_ops().Attend(stream, batch, layer, queries, target);
+  }
+  absl::Status EndStep(gpu::Stream& stream, gpu::Batch batch,
+                       absl::Span<uint32_t> errors) override {
+    absl::Status status = device_->decode_ops().EndStep(stream, batch, errors);
+    for (size_t i = 0; status.ok() && i < batch.size(); ++i) {
+      if (batch[i].generation != fail_steps_of_generation) continue;
+      status = stream.CopyAsync(&errors[i], &kErrorBits, sizeof(kErrorBits));
+    }
+    return status;
+  }
+
+  static constexpr uint32_t kErrorBits = gpu::kWindowOverflow;
   const std::unique_ptr<gpu::Device> device_;
 };
 

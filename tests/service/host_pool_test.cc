@@ -195,9 +195,14 @@ TEST(HostPool, WhatIsQuarantinedIsNotThereForAnyone) {
   pool->Quarantine(chunk);
   const absl::Status full = pool->Reserve(1);
   EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(full.message()), testing::HasSubstr("1 quarantined"));
+  EXPECT_THAT(std::string(full.message()),
+              testing::AllOf(testing::HasSubstr("1 quarantined"),
+                             testing::HasSubstr(std::to_string(kChunk) + " bytes are in quarantine "
+                                                                         "and will be free soon")));
   pool->Recycle(chunk);
   EXPECT_TRUE(pool->Reserve(1).ok());
+  EXPECT_THAT(std::string(pool->Reserve(1).message()),
+              testing::Not(testing::HasSubstr("in quarantine")));
 }
 
 TEST(HostPool, ReservingMoreThanThereIsTakesNothing) {

@@ -13,6 +13,7 @@ TEST(StatusJson, HasTheKeysOthersRelyOn) {
   DaemonStatus status;
   status.version = "1.2.3";
   status.backend = "host";
+  status.device = "host CPU, 2 threads";
   status.boot_epoch = 0xffff'ffff'ffff'fffful;
   status.ready = true;
   status.sequences = 5;
@@ -23,6 +24,7 @@ TEST(StatusJson, HasTheKeysOthersRelyOn) {
   const json got = json::parse(StatusJson(status));
   EXPECT_EQ(got["version"], "1.2.3");
   EXPECT_EQ(got["backend"], "host");
+  EXPECT_EQ(got["device"], "host CPU, 2 threads");
   EXPECT_EQ(got["boot_epoch"].get<uint64_t>(), 0xffff'ffff'ffff'fffful);
   EXPECT_EQ(got["ready"], true);
   EXPECT_EQ(got["sessions"], 2);
