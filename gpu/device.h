@@ -87,7 +87,7 @@ class Device {
 
 struct DeviceOptions {
   std::string backend = "auto";  // "host", "cuda" or "auto": cuda if it is there, else host
-  std::string device;            // of cuda: an index or a UUID; empty: the first
+  std::string device = {};       // of cuda: an index or a UUID; empty: the first
   int threads = 0;               // of the host backend; 0 = all cores this process may use
 };
 
