@@ -24,6 +24,7 @@ namespace clusterkv::gpu {
 // [layer][K, V][token][kv_head][head_dim] with `range_tokens` tokens, into rows (K then V).
 struct StageArgs {
   const std::byte* range = nullptr;
+  size_t layer_stride = 0;  // bytes from one layer's K to the next's; 0: they follow one another
   uint32_t range_tokens = 0;
   uint32_t first_token = 0;  // within the range
   uint32_t count = 0;

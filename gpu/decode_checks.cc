@@ -76,11 +76,11 @@ absl::Status CheckAttend(Batch batch, uint32_t layer, const QuerySource& queries
   return absl::OkStatus();
 }
 
-absl::Status CheckEndStep(Batch batch, absl::Span<uint32_t> errors) {
-  CKV_RETURN_IF_ERROR(CheckBatch(batch, 0));
-  if (errors.size() >= batch.size()) return absl::OkStatus();
+absl::Status CheckResults(Batch batch, uint32_t layer, size_t room) {
+  CKV_RETURN_IF_ERROR(CheckBatch(batch, layer));
+  if (room >= batch.size()) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat("errors has room for ", errors.size(), " slots of a batch of ", batch.size()));
+      absl::StrCat("results have room for ", room, " slots of a batch of ", batch.size()));
 }
 
 }  // namespace clusterkv::gpu

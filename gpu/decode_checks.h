@@ -2,6 +2,7 @@
 // the same. Errors: INVALID_ARGUMENT with what is allowed.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "absl/status/status.h"
@@ -17,6 +18,7 @@ absl::Status CheckSelect(Batch batch, uint32_t layer, const QuerySource& queries
                          uint32_t budget_tokens);
 absl::Status CheckAttend(Batch batch, uint32_t layer, const QuerySource& queries,
                          const AttentionTarget& target);
-absl::Status CheckEndStep(Batch batch, absl::Span<uint32_t> errors);
+// `room`: slots that an operation's results have room for.
+absl::Status CheckResults(Batch batch, uint32_t layer, size_t room);
 
 }  // namespace clusterkv::gpu

@@ -54,6 +54,13 @@ struct LayerCounters {
   uint64_t gathered_bytes;             // from the host store
 };
 
+// What one layer of a step left in a sequence's state.
+struct LayerReport {
+  uint32_t cut;
+  uint32_t stale;  // 1: the slot's generation is not the state's; the rest is 0
+  LayerCounters counters;
+};
+
 struct StateHeader {
   uint32_t magic;
   uint32_t version;

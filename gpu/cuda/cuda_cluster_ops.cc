@@ -71,16 +71,19 @@ absl::Status CudaClusterOps::Stage(Stream& stream, StageArgs args) {
   CKV_ASSIGN_OR_RETURN(CudaStream* const native, NativeStream(stream));
   const ScopedDevice device(native->ordinal());
   CKV_ASSIGN_OR_RETURN(const Temporary destinations, UploadAll(*native, args.destinations));
-  return ToStatus(LaunchStage({.range = args.range,
-                               .range_tokens = args.range_tokens,
-                               .first_token = args.first_token,
-                               .count = args.count,
-                               .layer_count = args.layer_count,
-                               .kv_heads = args.kv_heads,
-                               .head_dim = args.head_dim,
-                               .destinations = destinations.as<std::byte*>()},
-                              native->native()),
-                  "staging");
+  const size_t plane = size_t{args.range_tokens} * args.kv_heads * args.head_dim * 2;
+  return ToStatus(
+      LaunchStage({.range = args.range,
+                   .layer_stride = args.layer_stride == 0 ? 2 * plane : args.layer_stride,
+                   .range_tokens = args.range_tokens,
+                   .first_token = args.first_token,
+                   .count = args.count,
+                   .layer_count = args.layer_count,
+                   .kv_heads = args.kv_heads,
+                   .head_dim = args.head_dim,
+                   .destinations = destinations.as<std::byte*>()},
+                  native->native()),
+      "staging");
 }
 
 absl::Status CudaClusterOps::Cluster(Stream& stream, ClusterArgs args) {

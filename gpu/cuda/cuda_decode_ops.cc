@@ -123,7 +123,7 @@ absl::Status CudaDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
 }
 
 absl::Status CudaDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) {
-  CKV_RETURN_IF_ERROR(CheckEndStep(batch, errors));
+  CKV_RETURN_IF_ERROR(CheckResults(batch, 0, errors.size()));
   std::fill_n(errors.begin(), batch.size(), 0);
   cudaPointerAttributes attributes = {};
   if (!batch.empty()) (void)cudaPointerGetAttributes(&attributes, errors.data());
@@ -144,6 +144,16 @@ absl::Status CudaDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint
         const cudaError_t freed = cudaFreeAsync(found, native.native());
         return error != cudaSuccess ? error : freed;
       });
+}
+
+absl::Status CudaDecodeOps::ReportLayer(Stream& stream, Batch batch, uint32_t layer,
+                                        absl::Span<LayerReport> reports) {
+  CKV_RETURN_IF_ERROR(CheckResults(batch, layer, reports.size()));
+  std::fill_n(reports.begin(), batch.size(), LayerReport{});
+  return WithBatch(stream, batch, "reporting a layer",
+                   [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
+                     return LaunchReportLayer(loaded.shape, layer, reports.data(), native.native());
+                   });
 }
 
 }  // namespace clusterkv::gpu::cuda

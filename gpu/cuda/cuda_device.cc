@@ -68,7 +68,7 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& de
       ordinal,
       absl::StrCat(properties.name, ", ", UuidOf(properties), ", ", properties.totalGlobalMem >> 20,
                    " MiB, ", properties.multiProcessorCount, " multiprocessors"),
-      driver));
+      UuidOf(properties), driver));
 }
 
 absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::CreateStream(const std::string& name) {

@@ -22,6 +22,7 @@ class CudaDevice final : public Device {
 
   const std::string& backend() const override { return backend_; }
   const std::string& description() const override { return description_; }
+  const std::string& uuid() const override { return uuid_; }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) override;
   absl::StatusOr<std::unique_ptr<Stream>> WrapStream(void* native) override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(size_t bytes) override;
@@ -35,12 +36,16 @@ class CudaDevice final : public Device {
   ClusterOps& cluster_ops() override { return cluster_ops_; }
 
  private:
-  CudaDevice(int ordinal, std::string description, const CudaDriver& driver)
-      : ordinal_(ordinal), description_(std::move(description)), driver_(driver) {}
+  CudaDevice(int ordinal, std::string description, std::string uuid, const CudaDriver& driver)
+      : ordinal_(ordinal),
+        description_(std::move(description)),
+        uuid_(std::move(uuid)),
+        driver_(driver) {}
 
   const std::string backend_ = "cuda";
   const int ordinal_;
   const std::string description_;
+  const std::string uuid_;
   const CudaDriver driver_;
   CudaDecodeOps decode_ops_;
   CudaClusterOps cluster_ops_;

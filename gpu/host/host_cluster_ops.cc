@@ -32,9 +32,10 @@ void StageHead(const StageArgs& args, size_t index) {
   const size_t token = half * args.kv_heads;
   const size_t layer = index / args.kv_heads;
   const size_t head = index % args.kv_heads;
-  const std::byte* k =
-      args.range + 2 * layer * args.range_tokens * token + args.first_token * token + head * half;
-  const std::byte* v = k + args.range_tokens * token;
+  const size_t plane = args.range_tokens * token;
+  const size_t layer_stride = args.layer_stride == 0 ? 2 * plane : args.layer_stride;
+  const std::byte* k = args.range + layer * layer_stride + args.first_token * token + head * half;
+  const std::byte* v = k + plane;
   std::byte* row = args.destinations[index];
   for (uint32_t i = 0; i < args.count; ++i, k += token, v += token, row += 2 * half) {
     std::memcpy(row, k, half);

@@ -202,7 +202,7 @@ absl::Status HostDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
 }
 
 absl::Status HostDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) {
-  CKV_RETURN_IF_ERROR(CheckEndStep(batch, errors));
+  CKV_RETURN_IF_ERROR(CheckResults(batch, 0, errors.size()));
   return EnqueueOn(stream, [batch, errors] {
     for (size_t i = 0; i < batch.size(); ++i) {
       errors[i] = 0;
@@ -210,6 +210,24 @@ absl::Status HostDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint
       // The block may be another sequence's by now: only its own slot may clear its errors.
       errors[i] = IsCurrent(batch[i]) ? std::exchange(StateView(batch[i]).latch().errors, 0)
                                       : static_cast<uint32_t>(kStaleGeneration);
+    }
+    return absl::OkStatus();
+  });
+}
+
+absl::Status HostDecodeOps::ReportLayer(Stream& stream, Batch batch, uint32_t layer,
+                                        absl::Span<LayerReport> reports) {
+  CKV_RETURN_IF_ERROR(CheckResults(batch, layer, reports.size()));
+  return EnqueueOn(stream, [batch, layer, reports] {
+    for (size_t i = 0; i < batch.size(); ++i) {
+      reports[i] = {};
+      if (!IsUsable(batch[i])) continue;
+      if (IsCurrent(batch[i])) {
+        const StateView view(batch[i]);
+        reports[i] = {.cut = view.latch().cut, .stale = 0, .counters = view.counters(layer)};
+      } else {
+        reports[i].stale = 1;
+      }
     }
     return absl::OkStatus();
   });

@@ -25,6 +25,8 @@ class HostDecodeOps final : public DecodeOps {
   absl::Status Attend(Stream& stream, Batch batch, uint32_t layer, const QuerySource& queries,
                       const AttentionTarget& target) override;
   absl::Status EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) override;
+  absl::Status ReportLayer(Stream& stream, Batch batch, uint32_t layer,
+                           absl::Span<LayerReport> reports) override;
 
  private:
   ThreadPool& pool_;

@@ -20,6 +20,7 @@ class HostDevice final : public Device {
 
   const std::string& backend() const override { return backend_; }
   const std::string& description() const override { return description_; }
+  const std::string& uuid() const override { return uuid_; }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) override;
   absl::StatusOr<std::unique_ptr<Stream>> WrapStream(void* native) override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(size_t bytes) override;
@@ -36,6 +37,7 @@ class HostDevice final : public Device {
   explicit HostDevice(int threads);
 
   const std::string backend_ = "host";
+  const std::string uuid_;
   const std::string description_;
   ThreadPool pool_;
   HostDecodeOps decode_ops_;

@@ -290,7 +290,9 @@ void DecodeChecker::CheckOutput(size_t i, uint32_t layer, uint32_t kv_head,
       ASSERT_NEAR(out[d], expected[d] / sum, 2e-5) << "query head " << q_head << " element " << d;
     }
     const auto lse = lse_->Download<float>(4 * (i * target_.lse_batch_stride + q_head), 1).front();
-    ASSERT_NEAR(lse, std::log(sum), 2e-5) << "query head " << q_head;
+    // A logit is a sum of head_dim products in fp32, which tensor cores do not round to nearest.
+    ASSERT_NEAR(lse, std::log(sum), 2e-5 + 2e-6 * std::fabs(std::log(sum)))
+        << "query head " << q_head;
   }
 }
 

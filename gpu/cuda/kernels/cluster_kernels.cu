@@ -40,7 +40,7 @@ __global__ void StageKernel(const __grid_constant__ StageLaunch args) {
   const uint32_t layer = blockIdx.y / args.kv_heads, head = blockIdx.y % args.kv_heads;
   const size_t plane = args.range_tokens * token;
   const std::byte* const k =
-      args.range + 2 * layer * plane + args.first_token * token + head * half;
+      args.range + layer * args.layer_stride + args.first_token * token + head * half;
   std::byte* const rows = args.destinations[blockIdx.y];
   const uint32_t half_words = half / 16;
   const uint32_t begin = blockIdx.x * kTokensPerBlock;

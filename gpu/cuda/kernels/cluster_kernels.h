@@ -17,6 +17,7 @@ cudaError_t LaunchInitialize(std::byte* state, const StateBlock& block, uint32_t
 // As gpu::StageArgs; of 2-byte elements.
 struct StageLaunch {
   const std::byte* range;
+  size_t layer_stride;  // not 0
   uint32_t range_tokens, first_token, count, layer_count, kv_heads, head_dim;
   std::byte* const* destinations;  // [layer_count * kv_heads]
 };

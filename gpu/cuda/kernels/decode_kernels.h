@@ -53,6 +53,10 @@ cudaError_t LaunchAppend(const BatchShape& shape, uint32_t layer, const TokenSou
 // errors: [count], device-accessible.
 cudaError_t LaunchEndStep(const BatchShape& shape, uint32_t* errors, cudaStream_t stream);
 
+// reports: [count], device-accessible.
+cudaError_t LaunchReportLayer(const BatchShape& shape, uint32_t layer, LayerReport* reports,
+                              cudaStream_t stream);
+
 struct QueryLaunch {
   const std::byte* q;
   uint64_t batch_stride, head_stride;  // bytes

@@ -250,7 +250,10 @@ __global__ void __launch_bounds__(kThreads)
     const Sums before =
         ExclusiveSums({{attended, missed ? tokens : 0, missed ? 1u : 0u}}, totals, shared);
     shared.table_begin[threadIdx.x] = table_begin + before.values[0];
-    if (missed) {
+    // In a damaged state (step 0) hits may have become misses: no slots were set aside for those.
+    if (missed_begin + totals.values[1] > needed) {
+      if (threadIdx.x == 0) shared.damaged = true;
+    } else if (missed) {
       const ClusterEntry entry = entries[cluster];
       const std::byte* const chunk =
           slot->host_chunks == nullptr ? nullptr : LoadHostChunk(slot->host_chunks, entry.chunk);

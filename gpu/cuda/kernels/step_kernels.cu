@@ -92,6 +92,22 @@ __global__ void EndStepKernel(const BatchTable* table, uint32_t* errors, uint32_
   errors[index] = found;
 }
 
+__global__ void ReportLayerKernel(const BatchTable* table, uint32_t layer, LayerReport* reports,
+                                  uint32_t count) {
+  const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  if (index >= count) return;
+  LayerReport report = {};
+  if (const DeviceSlot* const slot = ActiveSlot(table, index)) {
+    const DeviceState state(*slot);
+    if (state.IsCurrent()) {
+      report = {.cut = state.latch().cut, .stale = 0, .counters = state.counters(layer)};
+    } else {
+      report.stale = 1;
+    }
+  }
+  reports[index] = report;
+}
+
 // One block a (token, layer). Of the tokens that would share a window slot only the newest is
 // written. The last block to leave sets the length, so that one launch suffices.
 __global__ void WriteTokensKernel(const __grid_constant__ WriteTokensLaunch args, uint32_t first,
@@ -140,6 +156,13 @@ cudaError_t LaunchAppend(const BatchShape& shape, uint32_t layer, const TokenSou
 
 cudaError_t LaunchEndStep(const BatchShape& shape, uint32_t* errors, cudaStream_t stream) {
   EndStepKernel<<<(shape.count + 31) / 32, 32, 0, stream>>>(shape.table, errors, shape.count);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchReportLayer(const BatchShape& shape, uint32_t layer, LayerReport* reports,
+                              cudaStream_t stream) {
+  ReportLayerKernel<<<(shape.count + 31) / 32, 32, 0, stream>>>(shape.table, layer, reports,
+                                                                shape.count);
   return cudaGetLastError();
 }
 
