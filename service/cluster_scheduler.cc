@@ -42,11 +42,10 @@ class Carver {
   size_t offset_ = 0;
 };
 
-// Results of one head: order, sizes, centroids, value means, count.
+// Results of one head: order, sizes, centroids, value means.
 size_t ResultBytesOfHead(const ClusterJob& job) {
   return RoundUp(job.tokens * sizeof(uint32_t)) + RoundUp(job.max_clusters * sizeof(uint32_t)) +
-         2 * RoundUp(job.max_clusters * job.head_dim * gpu::SizeOf(job.dtype)) +
-         RoundUp(sizeof(uint32_t));
+         2 * RoundUp(job.max_clusters * job.head_dim * gpu::SizeOf(job.dtype));
 }
 
 }  // namespace
@@ -113,9 +112,15 @@ void ClusterScheduler::RunBatch(Jobs batch) {
 
 absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs batch) {
   BatchMemory memory;
-  size_t workspace_bytes = 0;
-  for (const ClusterJob& job : batch) workspace_bytes += WorkspaceBytes(job);
-  CKV_ASSIGN_OR_RETURN(memory.workspace, device_.Allocate(workspace_bytes));
+  size_t row_bytes = 0, heads = 0;
+  for (const ClusterJob& job : batch) {
+    row_bytes += WorkspaceBytes(job);
+    heads += job.heads.size();
+  }
+  CKV_ASSIGN_OR_RETURN(memory.workspace, device_.Allocate(row_bytes + heads * sizeof(uint32_t)));
+  if (!device_.computes_on_host_memory()) {
+    CKV_ASSIGN_OR_RETURN(memory.device_rows, device_.Allocate(row_bytes));
+  }
   for (const ClusterJob& job : batch) {
     CKV_ASSIGN_OR_RETURN(memory.results.emplace_back().memory,
                          device_.Allocate(job.heads.size() * ResultBytesOfHead(job)));
@@ -133,6 +138,7 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
                            .problems = {}};
   gpu::PermuteArgs permute{.row_bytes = RowBytes(batch[0]), .problems = {}};
   Carver workspace_carver(memory.workspace->data());
+  Carver row_carver(memory.device_rows == nullptr ? nullptr : memory.device_rows->data());
   std::vector<ClusterResult> results = std::move(memory.results);
   for (size_t i = 0; i < batch.size(); ++i) {
     const ClusterJob& job = batch[i];
@@ -145,9 +151,11 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
       problem.sizes = carver.Take<uint32_t>(job.max_clusters * sizeof(uint32_t));
       problem.centroids = carver.Take<std::byte>(means_bytes);
       problem.value_means = carver.Take<std::byte>(means_bytes);
-      problem.count = carver.Take<uint32_t>(sizeof(uint32_t));
+      if (memory.device_rows != nullptr) {
+        problem.device_rows = row_carver.Take<std::byte>(job.tokens * RowBytes(job));
+      }
       permute.problems.push_back(
-          {.rows = head.rows,
+          {.rows = problem.device_rows != nullptr ? problem.device_rows : head.rows,
            .destination = head.rows,
            .workspace = workspace_carver.Take<std::byte>(job.tokens * RowBytes(job)),
            .order = problem.order,
@@ -158,12 +166,17 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
     }
   }
 
+  // All counts side by side: one copy brings them back.
+  auto* const device_counts = workspace_carver.Take<uint32_t>(0);
+  for (size_t i = 0; i < cluster.problems.size(); ++i) {
+    cluster.problems[i].count = device_counts + i;
+  }
   const std::vector<gpu::ClusterProblem> problems = cluster.problems;
   std::vector<uint32_t> counts(problems.size());
   absl::Status status = device_.cluster_ops().Cluster(*stream_, std::move(cluster));
   if (status.ok()) status = device_.cluster_ops().Permute(*stream_, std::move(permute));
-  for (size_t i = 0; status.ok() && i < problems.size(); ++i) {
-    status = stream_->CopyAsync(&counts[i], problems[i].count, sizeof(uint32_t));
+  if (status.ok()) {
+    status = stream_->CopyAsync(counts.data(), device_counts, counts.size() * sizeof(uint32_t));
   }
   const absl::Status finished = stream_->Synchronize();  // always: the memory is in use until then
   CKV_RETURN_IF_ERROR(status);

@@ -78,7 +78,9 @@ class ClusterScheduler {
 
   // What a batch needs on the device while it runs, and what is left of it.
   struct BatchMemory {
-    std::unique_ptr<gpu::DeviceMemory> workspace;
+    std::unique_ptr<gpu::DeviceMemory> workspace;  // permuted rows, then counts
+    std::unique_ptr<gpu::DeviceMemory>
+        device_rows;                     // null where the device computes on host memory
     std::vector<ClusterResult> results;  // of each job
   };
   using Jobs = absl::Span<const ClusterJob>;

@@ -131,6 +131,7 @@ std::vector<ConfigKey> MemoryKeys() {
                                        backends.begin());
           }),
       SizeKey("gpu-memory", "bound on device memory; 0: none", &Config::gpu_memory_bytes, "0"),
+      TextKey("device", "index|UUID", "the GPU of backend cuda; empty: the first", &Config::device),
       CountKey<int>("threads", "of the host backend; 0: all cores", &Config::threads, 0, 1024),
   };
 }

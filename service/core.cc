@@ -19,7 +19,6 @@ constexpr size_t kMaxLayoutVersions = 64;
 constexpr uint32_t kMaxWorldSize = 1024;
 constexpr size_t kTokenBytes = 16;
 constexpr size_t kQueueCapacity = 65536;
-constexpr size_t kChunkTableEntries = 65536;
 
 std::string RandomToken() {
   std::string token(kTokenBytes, '\0');
@@ -85,6 +84,7 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
 absl::Status ServiceCore::Start() {
   CKV_ASSIGN_OR_RETURN(stage_stream_, device_->CreateStream("stage"));
   CKV_ASSIGN_OR_RETURN(serve_stream_, device_->CreateStream("serve"));
+  serve_tensors_ = std::make_unique<ServeTensors>(*device_);
   CKV_ASSIGN_OR_RETURN(memory_stream_, device_->CreateStream("memory"));
   CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_));
   PublishStatus();
@@ -138,7 +138,7 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
     session->opened = options_.now();
     session->pool = pool_.get();
     session->memory = std::make_unique<SessionMemory>(*pool_, *session);
-    session->chunk_table = std::make_unique<const std::byte*[]>(kChunkTableEntries);
+    session->chunk_addresses = std::make_unique<const std::byte*[]>(kMaxSessionChunks);
     const WelcomeInfo welcome{.protocol_version = kProtocolVersion,
                               .state_layout_version = gpu::kStateLayoutVersion,
                               .session = session->id,
@@ -289,7 +289,8 @@ void ServiceCore::FinishEnd(Session& session) {
   session.memory->QuarantineAll();
   if (session.worker_gone || !session.was_attached) session.memory->ReleaseAll();
   RecycleReturned(session);
-  session.chunk_table.reset();
+  session.chunk_addresses.reset();
+  if (session.chunk_table != nullptr) DiscardMemory(std::move(session.chunk_table));
   if (session.memory->holds_nothing()) {
     LogInfo("session freed", {{"session", session.id}});
     sessions_.erase(session.id);

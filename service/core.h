@@ -29,6 +29,7 @@
 #include "service/core_types.h"
 #include "service/daemon_status.h"
 #include "service/host_pool.h"
+#include "service/serve_tensors.h"
 #include "service/session_state.h"
 #include "service/task_queue.h"
 
@@ -92,6 +93,7 @@ class ServiceCore {
   uint64_t boot_epoch() const { return options_.boot_epoch; }
   uint64_t chunk_bytes() const { return pool_->chunk_bytes(); }
   const std::string& backend() const { return device_->backend(); }
+  const std::string& device_uuid() const { return device_->uuid(); }
   // Every session is over, whatever it does.
   void EndAllSessions();
   // Ends all sessions and all threads. After the transports: their calls are answered before.
@@ -118,6 +120,7 @@ class ServiceCore {
   // core_memory.cc
   absl::Status TakeGpuBytes(Session& session, uint64_t bytes);
   void GiveGpuBytes(Session& session, uint64_t bytes);
+  void DiscardMemory(std::unique_ptr<gpu::DeviceMemory> memory);
   void FreeDeviceMemory(std::unique_ptr<gpu::DeviceMemory> memory, Session& session,
                         uint64_t bytes);
   void DoAllocateArena(Session& session, uint64_t bytes, Completion<ArenaInfo> done);
@@ -160,6 +163,8 @@ class ServiceCore {
   absl::Status PrepareItem(Session& session, const FetchRequest& request, const FetchItem& item,
                            ServeWork& work);
   absl::Status RunServe(ServeWork& work);
+  absl::Status StageServed(const ServeWork& work, const ServeTensors& tensors);
+  absl::Status TakeServed(ServeWork& work, size_t index, const gpu::BatchSlot& slot);
   void FinishServe(std::shared_ptr<ServeWork> work, absl::Status status);
 
   const CoreOptions options_;
@@ -167,6 +172,7 @@ class ServiceCore {
   const std::unique_ptr<HostPool> pool_;
   const absl::Time started_;
   std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
+  std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread
 
   // The core's own.
   std::map<SessionId, std::unique_ptr<Session>> sessions_;

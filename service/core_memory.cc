@@ -17,8 +17,18 @@ constexpr uint64_t kTensorAlignment = 64;
 
 }  // namespace
 
+void Session::TakeChunkTable(std::unique_ptr<gpu::DeviceMemory> table) {
+  if (chunk_table != nullptr || chunk_addresses == nullptr) return;
+  std::copy_n(chunk_addresses.get(), kMaxSessionChunks,
+              reinterpret_cast<const std::byte**>(table->data()));
+  chunk_table = std::move(table);
+}
+
 void Session::OnChunkLent(uint32_t chunk, PoolChunk pool_chunk) {
-  chunk_table[chunk] = pool->data(pool_chunk);
+  chunk_addresses[chunk] = pool->data(pool_chunk);
+  if (chunk_table != nullptr) {
+    reinterpret_cast<const std::byte**>(chunk_table->data())[chunk] = chunk_addresses[chunk];
+  }
   if (attach) attach->GrantChunk(chunk, pool->chunk_bytes(), pool->read_only_fd(pool_chunk));
 }
 
@@ -47,7 +57,11 @@ void ServiceCore::GiveGpuBytes(Session& session, uint64_t bytes) {
 void ServiceCore::FreeDeviceMemory(std::unique_ptr<gpu::DeviceMemory> memory, Session& session,
                                    uint64_t bytes) {
   GiveGpuBytes(session, bytes);
-  // Unmapping takes a while, and on a GPU belongs to the device's thread.
+  DiscardMemory(std::move(memory));
+}
+
+// Unmapping takes a while, and on a GPU belongs to the device's thread.
+void ServiceCore::DiscardMemory(std::unique_ptr<gpu::DeviceMemory> memory) {
   memory_.Post([memory = std::shared_ptr<gpu::DeviceMemory>(std::move(memory))] {});
 }
 

@@ -38,7 +38,7 @@ bool Sequence::prompt_ended() const {
 gpu::BatchSlot Sequence::slot() const {
   return {.state = state->data(),
           .layout = &layout,
-          .host_chunks = session.chunk_table.get(),
+          .host_chunks = reinterpret_cast<const std::byte* const*>(session.chunk_table->data()),
           .generation = generation,
           .active = 1};
 }
@@ -130,10 +130,13 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
 // On the memory thread: allocating and initialising takes milliseconds, and may wedge on a GPU.
 void ServiceCore::MakeState(Sequence& sequence) {
   ++sequence.in_flight;
-  memory_.Post([this, &sequence] {  // stays while work is in flight
+  const bool wants_table = sequence.served() && sequence.session.chunk_table == nullptr;
+  memory_.Post([this, &sequence, wants_table] {  // stays while work is in flight
+    auto table = wants_table ? device_->AllocatePinned(kMaxSessionChunks * sizeof(std::byte*))
+                             : absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>>(nullptr);
     auto made = sequence.served() ? device_->Allocate(sequence.layout.total_bytes)
                                   : device_->AllocateShared(sequence.layout.total_bytes);
-    absl::Status status = made.status();
+    absl::Status status = made.ok() ? table.status() : made.status();
     gpu::UniqueFd fd;
     if (status.ok()) {
       status = device_->cluster_ops().Initialize(*memory_stream_, (*made)->data(), sequence.layout,
@@ -148,10 +151,13 @@ void ServiceCore::MakeState(Sequence& sequence) {
     }
     auto memory = std::make_shared<std::unique_ptr<gpu::DeviceMemory>>(made.ok() ? *std::move(made)
                                                                                  : nullptr);
+    auto chunk_table = std::make_shared<std::unique_ptr<gpu::DeviceMemory>>(
+        table.ok() ? *std::move(table) : nullptr);
     auto descriptor = std::make_shared<gpu::UniqueFd>(std::move(fd));
-    core_.Post([this, &sequence, status, memory, descriptor] {
+    core_.Post([this, &sequence, status, memory, chunk_table, descriptor] {
       sequence.state = std::move(*memory);
       Session& session = sequence.session;
+      if (*chunk_table != nullptr) session.TakeChunkTable(std::move(*chunk_table));
       if (status.ok() && !sequence.served() && session.attach != nullptr) {
         sequence.state_arena = session.next_arena++;
         session.attach->GrantArena(sequence.state_arena, sequence.layout.total_bytes,

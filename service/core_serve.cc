@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <set>
 #include <utility>
 
@@ -11,6 +10,7 @@
 #include "gpu/selection.h"
 #include "gpu/status_macros.h"
 #include "service/core.h"
+#include "service/serve_tensors.h"
 
 namespace clusterkv::service {
 namespace {
@@ -24,12 +24,10 @@ struct ServiceCore::ServeWork {
   struct Item {
     Sequence* sequence = nullptr;
     bool repeated = false;
-    const std::byte *q = nullptr, *k = nullptr, *v = nullptr;
-    std::byte* output = nullptr;              // in an arena; null: inline
     std::vector<std::vector<RowSpan>> spans;  // per KV head, where this token is staged
-    std::vector<std::byte> token;             // K then V, as a range of one token
+    // Nobody else counts on a served sequence, so what was folded last is what the step begins
+    // with.
     gpu::LayerCounters before{}, after{};
-    std::vector<gpu::LayerCounters> all_counters;
     FetchResult result;
     absl::Status failure;  // of this sequence alone
   };
@@ -37,6 +35,7 @@ struct ServiceCore::ServeWork {
   FetchRequest request;  // owns the inline bytes
   uint32_t budget_tokens = 0;
   std::vector<Item> items;
+  std::vector<ServePlace> places;  // of the items
   Completion<std::vector<FetchResult>> done;
 };
 
@@ -168,137 +167,134 @@ absl::Status ServiceCore::PrepareItem(Session& session, const FetchRequest& requ
   }
   const size_t row = shape.head_dim * gpu::SizeOf(shape.dtype);
   const auto resolve = [&](const TensorPlace& place, size_t bytes,
-                           const char* name) -> absl::StatusOr<const std::byte*> {
+                           const char* name) -> absl::StatusOr<ServePlace::Input> {
     const size_t given = place.arena == 0 ? place.inline_bytes.size() : place.bytes;
     if (given != bytes) {
       return refuse(absl::StatusCode::kInvalidArgument,
                     fmt::format("{} has {} bytes, not {}", name, given, bytes));
     }
-    if (place.arena == 0) return reinterpret_cast<const std::byte*>(place.inline_bytes.data());
-    return ArenaBytes(session, place.arena, place.offset, place.bytes);
+    if (place.arena == 0) {
+      return ServePlace::Input{reinterpret_cast<const std::byte*>(place.inline_bytes.data()),
+                               false};
+    }
+    CKV_ASSIGN_OR_RETURN(const std::byte* const data,
+                         ArenaBytes(session, place.arena, place.offset, place.bytes));
+    return ServePlace::Input{data, true};
   };
-  CKV_ASSIGN_OR_RETURN(added.q, resolve(item.q, shape.q_heads * row, "q"));
-  CKV_ASSIGN_OR_RETURN(added.k, resolve(item.k, shape.kv_heads * row, "k"));
-  CKV_ASSIGN_OR_RETURN(added.v, resolve(item.v, shape.kv_heads * row, "v"));
+  ServePlace where;
+  CKV_ASSIGN_OR_RETURN(where.q, resolve(item.q, shape.q_heads * row, "q"));
+  CKV_ASSIGN_OR_RETURN(where.k, resolve(item.k, shape.kv_heads * row, "k"));
+  CKV_ASSIGN_OR_RETURN(where.v, resolve(item.v, shape.kv_heads * row, "v"));
   if (item.output) {
     CKV_ASSIGN_OR_RETURN(
-        const std::byte* output,
+        const ServePlace::Input output,
         resolve(*item.output, shape.q_heads * (shape.head_dim + 1) * sizeof(float), "output"));
-    added.output = const_cast<std::byte*>(output);
+    where.output = const_cast<std::byte*>(output.data);
   }
+  added.before = sequence->counters[request.layer];
   added.result.sequence = item.sequence;
   work.items.push_back(std::move(added));
+  work.places.push_back(where);
+  return absl::OkStatus();
+}
+
+// The step's tokens of all items that need it into the host store: neighbours in one operation.
+absl::Status ServiceCore::StageServed(const ServeWork& work, const ServeTensors& tensors) {
+  const gpu::Shape& shape = work.items.front().sequence->request.shape;
+  const auto staged = [&](size_t i) {
+    return !work.items[i].repeated && !work.items[i].spans.front().empty();
+  };
+  for (size_t begin = 0; begin < work.items.size();) {
+    if (!staged(begin)) {
+      ++begin;
+      continue;
+    }
+    // Item after item, as layers of a range of one token.
+    gpu::StageArgs stage{.range = tensors.token(begin),
+                         .layer_stride = tensors.token_stride(),
+                         .range_tokens = 1,
+                         .first_token = 0,
+                         .count = 1,
+                         .layer_count = 0,
+                         .kv_heads = shape.kv_heads,
+                         .head_dim = shape.head_dim,
+                         .dtype = shape.dtype,
+                         .destinations = {}};
+    for (; begin < work.items.size() && staged(begin); ++begin, ++stage.layer_count) {
+      for (const auto& spans : work.items[begin].spans) {
+        stage.destinations.push_back(spans.front().data);
+      }
+    }
+    CKV_RETURN_IF_ERROR(device_->cluster_ops().Stage(*serve_stream_, std::move(stage)));
+  }
   return absl::OkStatus();
 }
 
 absl::Status ServiceCore::RunServe(ServeWork& work) {
-  const Sequence& first = *work.items.front().sequence;
-  const gpu::Shape& shape = first.request.shape;
+  const gpu::Shape& shape = work.items.front().sequence->request.shape;
   const uint32_t layer = work.request.layer;
-  const size_t count = work.items.size();
-  const size_t row = shape.head_dim * gpu::SizeOf(shape.dtype);
-  const size_t q_bytes = shape.q_heads * row;
-  const size_t kv_bytes = shape.kv_heads * row;
-  const size_t out_floats = size_t{shape.q_heads} * shape.head_dim;
-
   std::vector<gpu::BatchSlot> batch, beginning;
-  std::vector<std::byte> q(count * q_bytes), k(count * kv_bytes), v(count * kv_bytes);
-  std::vector<float> out(count * out_floats), lse(count * shape.q_heads);
-  std::vector<uint32_t> errors(count);
-  for (size_t i = 0; i < count; ++i) {
-    ServeWork::Item& item = work.items[i];
+  for (const ServeWork::Item& item : work.items) {
     batch.push_back(item.sequence->slot());
     if (layer == 0 && !item.repeated) beginning.push_back(batch.back());
-    std::memcpy(q.data() + i * q_bytes, item.q, q_bytes);
-    std::memcpy(k.data() + i * kv_bytes, item.k, kv_bytes);
-    std::memcpy(v.data() + i * kv_bytes, item.v, kv_bytes);
-    item.token.assign(k.data() + i * kv_bytes, k.data() + (i + 1) * kv_bytes);
-    item.token.insert(item.token.end(), v.data() + i * kv_bytes, v.data() + (i + 1) * kv_bytes);
-    item.all_counters.resize(item.sequence->layout.layers);
   }
-  const gpu::QuerySource queries{.q = q.data(), .batch_stride = q_bytes, .head_stride = row};
-  const gpu::KvSource token{
-      .k = k.data(), .v = v.data(), .batch_stride = kv_bytes, .head_stride = row};
-  const gpu::AttentionTarget target{.out = out.data(),
-                                    .batch_stride = out_floats,
-                                    .head_stride = shape.head_dim,
-                                    .lse = lse.data(),
-                                    .lse_batch_stride = shape.q_heads};
   gpu::DecodeOps& ops = device_->decode_ops();
   gpu::Stream& stream = *serve_stream_;
-  const auto counters_of = [&](const ServeWork::Item& item) {
-    return item.sequence->state->data() + item.sequence->layout.counters;
-  };
+  ServeTensors& tensors = *serve_tensors_;
   const auto enqueue = [&]() -> absl::Status {
-    for (ServeWork::Item& item : work.items) {
-      CKV_RETURN_IF_ERROR(stream.CopyAsync(&item.before,
-                                           counters_of(item) + layer * sizeof(gpu::LayerCounters),
-                                           sizeof(gpu::LayerCounters)));
-      if (item.repeated || item.spans.front().empty()) continue;
-      gpu::StageArgs stage{.range = item.token.data(),
-                           .range_tokens = 1,
-                           .first_token = 0,
-                           .count = 1,
-                           .layer_count = 1,
-                           .kv_heads = shape.kv_heads,
-                           .head_dim = shape.head_dim,
-                           .dtype = shape.dtype,
-                           .destinations = {}};
-      for (const auto& spans : item.spans) stage.destinations.push_back(spans.front().data);
-      CKV_RETURN_IF_ERROR(device_->cluster_ops().Stage(stream, std::move(stage)));
-    }
+    CKV_RETURN_IF_ERROR(tensors.Prepare(stream, shape, work.places));
+    CKV_RETURN_IF_ERROR(StageServed(work, tensors));
     if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
-    CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, token));
-    CKV_RETURN_IF_ERROR(ops.Select(stream, batch, layer, queries, work.budget_tokens));
+    CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
+    CKV_RETURN_IF_ERROR(ops.Select(stream, batch, layer, tensors.queries(), work.budget_tokens));
     CKV_RETURN_IF_ERROR(ops.Fetch(stream, batch, layer));
-    CKV_RETURN_IF_ERROR(ops.Attend(stream, batch, layer, queries, target));
-    for (ServeWork::Item& item : work.items) {
-      CKV_RETURN_IF_ERROR(stream.CopyAsync(item.all_counters.data(), counters_of(item),
-                                           item.all_counters.size() * sizeof(gpu::LayerCounters)));
+    CKV_RETURN_IF_ERROR(ops.Attend(stream, batch, layer, tensors.queries(), tensors.target()));
+    if (work.request.want_output) {
+      CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
     }
-    return ops.EndStep(stream, batch, absl::MakeSpan(errors));
+    CKV_RETURN_IF_ERROR(ops.ReportLayer(stream, batch, layer,
+                                        {tensors.reports().data(), tensors.reports().size()}));
+    return ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()});
   };
   const absl::Status status = enqueue();
   const absl::Status finished = stream.Synchronize();
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
-
-  for (size_t i = 0; i < count; ++i) {
-    ServeWork::Item& item = work.items[i];
-    if (errors[i] != 0) {
-      item.failure = absl::InternalError(
-          fmt::format("sequence {}: step error bits {}", item.result.sequence, errors[i]));
-      continue;
-    }
-    item.after = item.all_counters[layer];
-    item.result.hit_clusters =
-        static_cast<uint32_t>(item.after.hit_clusters - item.before.hit_clusters);
-    item.result.missed_clusters =
-        static_cast<uint32_t>(item.after.missed_clusters - item.before.missed_clusters);
-    item.result.hit_tokens = item.after.hit_tokens - item.before.hit_tokens;
-    item.result.missed_tokens = item.after.missed_tokens - item.before.missed_tokens;
-    item.result.gathered_bytes = item.after.gathered_bytes - item.before.gathered_bytes;
-    gpu::StepLatch latch;
-    CKV_RETURN_IF_ERROR(
-        stream.CopyAsync(&latch, batch[i].state + batch[i].layout->latch, sizeof(latch)));
-    CKV_RETURN_IF_ERROR(stream.Synchronize());
-    item.result.cut = latch.cut;
-    if (work.request.want_selection) {
-      CKV_ASSIGN_OR_RETURN(item.result.selected,
-                           gpu::ReadSelection(stream, batch[i], layer, work.budget_tokens));
-    }
-    if (!work.request.want_output) continue;
-    const float* item_out = out.data() + i * out_floats;
-    const float* item_lse = lse.data() + i * shape.q_heads;
-    if (item.output != nullptr) {
-      std::memcpy(item.output, item_out, out_floats * sizeof(float));
-      std::memcpy(item.output + out_floats * sizeof(float), item_lse,
-                  shape.q_heads * sizeof(float));
-    } else {
-      item.result.output.assign(item_out, item_out + out_floats);
-      item.result.lse.assign(item_lse, item_lse + shape.q_heads);
-    }
+  for (size_t i = 0; i < work.items.size(); ++i) {
+    CKV_RETURN_IF_ERROR(TakeServed(work, i, batch[i]));
   }
+  return absl::OkStatus();
+}
+
+// What the device left of one item becomes its result.
+absl::Status ServiceCore::TakeServed(ServeWork& work, size_t index, const gpu::BatchSlot& slot) {
+  ServeWork::Item& item = work.items[index];
+  const ServeTensors& tensors = *serve_tensors_;
+  if (const uint32_t errors = tensors.errors()[index]; errors != 0) {
+    item.failure = absl::InternalError(
+        fmt::format("sequence {}: step error bits {}", item.result.sequence, errors));
+    return absl::OkStatus();
+  }
+  const gpu::LayerReport& report = tensors.reports()[index];
+  item.after = report.counters;
+  item.result.cut = report.cut;
+  item.result.hit_clusters =
+      static_cast<uint32_t>(item.after.hit_clusters - item.before.hit_clusters);
+  item.result.missed_clusters =
+      static_cast<uint32_t>(item.after.missed_clusters - item.before.missed_clusters);
+  item.result.hit_tokens = item.after.hit_tokens - item.before.hit_tokens;
+  item.result.missed_tokens = item.after.missed_tokens - item.before.missed_tokens;
+  item.result.gathered_bytes = item.after.gathered_bytes - item.before.gathered_bytes;
+  if (work.request.want_selection) {
+    CKV_ASSIGN_OR_RETURN(
+        item.result.selected,
+        gpu::ReadSelection(*serve_stream_, slot, work.request.layer, work.budget_tokens));
+  }
+  if (!work.request.want_output || work.places[index].output != nullptr) return absl::OkStatus();
+  const gpu::Shape& shape = item.sequence->request.shape;
+  const float* const out = tensors.output(index);
+  item.result.output.assign(out, out + size_t{shape.q_heads} * shape.head_dim);
+  item.result.lse.assign(tensors.lse(index), tensors.lse(index) + shape.q_heads);
   return absl::OkStatus();
 }
 
@@ -316,7 +312,9 @@ void ServiceCore::FinishServe(std::shared_ptr<ServeWork> work, absl::Status stat
       failures.emplace_back(why.message());
       continue;
     }
-    FoldCounters(sequence, item.all_counters);
+    std::vector<gpu::LayerCounters> counters = sequence.counters;
+    counters[work->request.layer] = item.after;
+    FoldCounters(sequence, counters);
     results.push_back(std::move(item.result));
     if (sequence.releasing || !sequence.failure.ok() || item.repeated) continue;
     const uint32_t before = sequence.arrived();

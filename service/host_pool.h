@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "gpu/device.h"
 #include "gpu/mapping.h"
 #include "gpu/unique_fd.h"
 #include "service/daemon_status.h"
@@ -25,6 +26,7 @@ struct HostPoolOptions {
   std::string directory;  // created if missing, set to 0700
   uint64_t total_bytes = 0;
   uint64_t chunk_bytes = 0;
+  gpu::Device* device = nullptr;  // pins every chunk for it; null: none needs to. Outlives the pool
 };
 
 // Not thread-safe, but Zero may run on another thread for a quarantined chunk.
@@ -59,12 +61,14 @@ class HostPool {
   struct Chunk {
     std::string path;
     gpu::Mapping mapping;
+    std::unique_ptr<gpu::HostRegistration> registration;  // goes before the mapping
     gpu::UniqueFd read_only;
     State state = State::kFree;
   };
 
   HostPool(gpu::UniqueFd lock, uint64_t chunk_bytes);
   absl::Status AddChunk(const std::string& path);
+  absl::Status PinChunks(gpu::Device& device);
 
   gpu::UniqueFd lock_;  // flock on the directory's lock file
   const uint64_t chunk_bytes_;

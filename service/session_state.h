@@ -26,6 +26,8 @@ namespace clusterkv::service {
 
 struct Session;
 
+constexpr size_t kMaxSessionChunks = 65'536;
+
 // A segment whose layers are being clustered, until it is published.
 struct PendingSegment {
   gpu::Segment segment;
@@ -106,6 +108,8 @@ struct Arena {
 };
 
 struct Session : ChunkEvents {
+  // Another registration may have brought one already: then it is the one that stays.
+  void TakeChunkTable(std::unique_ptr<gpu::DeviceMemory> table);
   // Called by SessionMemory.
   void OnChunkLent(uint32_t chunk, PoolChunk pool_chunk) override;
   void OnChunkRevoked(uint32_t chunk) override;
@@ -123,8 +127,10 @@ struct Session : ChunkEvents {
   HostPool* pool = nullptr;
   std::unique_ptr<SessionMemory> memory;
   std::vector<PoolChunk> returned;  // to be zeroed and recycled by the core
-  // Mapped address by chunk index, for served fetch: fixed size, so that it never moves.
-  std::unique_ptr<const std::byte*[]> chunk_table;
+  // Mapped address by chunk index.
+  std::unique_ptr<const std::byte*[]> chunk_addresses;
+  // The same for the device: made with the first served sequence.
+  std::unique_ptr<gpu::DeviceMemory> chunk_table;
 
   std::map<ArenaId, Arena> arenas;
   ArenaId next_arena = 1;

@@ -131,6 +131,7 @@ void SessionReactor::Welcomed(absl::StatusOr<WelcomeInfo> welcome) {
   message.set_protocol_version(welcome->protocol_version);
   message.set_state_layout_version(welcome->state_layout_version);
   message.set_backend(core_.backend());
+  message.set_device(core_.device_uuid());
   message.set_session_id(welcome->session);
   message.set_session_token(welcome->token);
   message.set_attach_path(attach_path_);

@@ -62,6 +62,18 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
 
   const std::string& backend() const override { return device_->backend(); }
   const std::string& description() const override { return device_->description(); }
+  const std::string& uuid() const override { return device_->uuid(); }
+  absl::StatusOr<std::unique_ptr<gpu::Stream>> WrapStream(void* native) override {
+    return device_->WrapStream(native);
+  }
+  absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> AllocatePinned(size_t bytes) override {
+    return device_->AllocatePinned(bytes);
+  }
+  absl::StatusOr<std::unique_ptr<gpu::HostRegistration>> RegisterHost(
+      std::byte* data, size_t bytes, gpu::MapAccess access) override {
+    return device_->RegisterHost(data, bytes, access);
+  }
+  bool computes_on_host_memory() const override { return device_->computes_on_host_memory(); }
   absl::StatusOr<std::unique_ptr<gpu::Stream>> CreateStream(const std::string& name) override {
     return device_->CreateStream(name);
   }
@@ -104,6 +116,13 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
 
   absl::Status WriteTokens(gpu::Stream& stream, const gpu::WriteTokensArgs& args) override {
     return device_->decode_ops().WriteTokens(stream, args);
+  }
+  absl::Status LoadBatch(gpu::Stream& stream, gpu::Batch batch) override {
+    return device_->decode_ops().LoadBatch(stream, batch);
+  }
+  absl::Status ReportLayer(gpu::Stream& stream, gpu::Batch batch, uint32_t layer,
+                           absl::Span<gpu::LayerReport> reports) override {
+    return device_->decode_ops().ReportLayer(stream, batch, layer, reports);
   }
   absl::Status BeginStep(gpu::Stream& stream, gpu::Batch batch) override {
     return device_->decode_ops().BeginStep(stream, batch);
