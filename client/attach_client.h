@@ -56,7 +56,7 @@ class AttachClient {
   absl::StatusOr<std::shared_ptr<gpu::DeviceMemory>> WaitForArena(uint32_t arena_id, uint64_t bytes,
                                                                   const Deadline& deadline);
   // [kMaxChunks], null where nothing is mapped.
-  const std::byte* const* chunk_bases() const { return chunk_bases_.get(); }
+  const std::byte* const* chunk_bases() const { return bases(); }
 
   // Ends all waits, now and later. What is mapped stays so.
   void Fail(const absl::Status& why);
@@ -65,6 +65,9 @@ class AttachClient {
 
  private:
   explicit AttachClient(AttachOptions options);
+  const std::byte** bases() const {
+    return reinterpret_cast<const std::byte**>(chunk_bases_->data());
+  }
   void Run();
   absl::Status Handle(AttachPacket packet);
   absl::Status MapArena(const v1::ArenaGranted& granted, gpu::UniqueFd fd);
@@ -72,9 +75,10 @@ class AttachClient {
   absl::Status UnmapChunk(uint32_t index);
 
   const AttachOptions options_;
-  const std::unique_ptr<const std::byte*[]> chunk_bases_;  // written by the thread only
-  gpu::UniqueFd lifeline_;                                 // constant after Create
-  std::unique_ptr<AttachSocket> socket_;                   // constant after Create
+  // Pinned, [kMaxChunks]; constant after Create, its entries written by the thread only.
+  std::unique_ptr<gpu::DeviceMemory> chunk_bases_;
+  gpu::UniqueFd lifeline_;                // constant after Create
+  std::unique_ptr<AttachSocket> socket_;  // constant after Create
 
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -84,8 +88,12 @@ class AttachClient {
   absl::Status failure_;
   std::map<uint32_t, std::shared_ptr<gpu::DeviceMemory>> arenas_;
 
-  std::map<uint32_t, gpu::Mapping> chunks_;  // the thread's; Close's once it is joined
-  std::thread thread_;                       // joined by Close; touched by the owner only
+  struct Chunk {
+    gpu::Mapping mapping;
+    std::unique_ptr<gpu::HostRegistration> registration;  // goes before the mapping
+  };
+  std::map<uint32_t, Chunk> chunks_;  // the thread's; Close's once it is joined
+  std::thread thread_;                // joined by Close; touched by the owner only
 };
 
 }  // namespace clusterkv::client

@@ -10,20 +10,25 @@ namespace clusterkv::client {
 
 absl::StatusOr<std::unique_ptr<DecodeBatch>> DirectBatch::Create(
     std::vector<SequenceImpl*> sequences, const BatchOptions& options) {
+  gpu::Device& device = sequences.front()->session().device();
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<gpu::Stream> stream,
-                       sequences.front()->session().device().CreateStream("ckv-decode"));
+                       options.stream != nullptr ? device.WrapStream(options.stream)
+                                                 : device.CreateStream("ckv-decode"));
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<gpu::DeviceMemory> errors,
+                       device.AllocatePinned(sequences.size() * sizeof(uint32_t)));
   return std::unique_ptr<DecodeBatch>(
-      new DirectBatch(std::move(sequences), options, std::move(stream)));
+      new DirectBatch(std::move(sequences), options, std::move(stream), std::move(errors)));
 }
 
 DirectBatch::DirectBatch(std::vector<SequenceImpl*> sequences, const BatchOptions& options,
-                         std::unique_ptr<gpu::Stream> stream)
+                         std::unique_ptr<gpu::Stream> stream,
+                         std::unique_ptr<gpu::DeviceMemory> errors)
     : step_(std::move(sequences)),
       options_(options),
       slots_(step_.sequences().size()),
-      errors_(step_.sequences().size()),
-      stream_(std::move(stream)),
-      packer_(*stream_) {}
+      error_memory_(std::move(errors)),
+      errors_(reinterpret_cast<uint32_t*>(error_memory_->data()), slots_.size()),
+      stream_(std::move(stream)) {}
 
 DirectBatch::~DirectBatch() {
   // The stream reads members and the sequences' memory: it must have passed before they go.
@@ -44,12 +49,6 @@ absl::Status DirectBatch::Begin(uint32_t budget_tokens) {
 absl::Status DirectBatch::Append(uint32_t layer, const gpu::KvSource& source) {
   CKV_RETURN_IF_ERROR(step_.CheckAppend(layer, source));
   CKV_RETURN_IF_ERROR(ops().Append(*stream_, slots_, layer, source));
-  gpu::KvSource own = source;
-  for (SequenceImpl* const sequence : step_.sequences()) {
-    CKV_RETURN_IF_ERROR(sequence->AppendTail(packer_, layer, own));
-    own.k += source.batch_stride;
-    own.v += source.batch_stride;
-  }
   step_.Appended();
   return absl::OkStatus();
 }
@@ -80,7 +79,7 @@ absl::StatusOr<std::vector<int32_t>> DirectBatch::Selection(size_t index) {
 
 absl::Status DirectBatch::End() {
   CKV_RETURN_IF_ERROR(step_.CheckEnd());
-  absl::Status status = ops().EndStep(*stream_, slots_, absl::MakeSpan(errors_));
+  absl::Status status = ops().EndStep(*stream_, slots_, errors_);
   const absl::Status passed = stream_->Synchronize();
   if (status.ok()) status = passed;
   if (status.ok()) status = StepErrors();

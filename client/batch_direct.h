@@ -9,7 +9,6 @@
 #include "absl/status/statusor.h"
 #include "client/client.h"
 #include "client/decode_step.h"
-#include "client/kv_packer.h"
 #include "client/sequence_impl.h"
 
 namespace clusterkv::client {
@@ -31,16 +30,16 @@ class DirectBatch final : public DecodeBatch {
 
  private:
   DirectBatch(std::vector<SequenceImpl*> sequences, const BatchOptions& options,
-              std::unique_ptr<gpu::Stream> stream);
+              std::unique_ptr<gpu::Stream> stream, std::unique_ptr<gpu::DeviceMemory> errors);
   gpu::DecodeOps& ops() { return step_.sequences().front()->session().device().decode_ops(); }
   absl::Status StepErrors() const;
 
   DecodeStep step_;
   const BatchOptions options_;
   std::vector<gpu::BatchSlot> slots_;  // read by the stream while a step is open
-  std::vector<uint32_t> errors_;       // written by the stream in End
+  const std::unique_ptr<gpu::DeviceMemory> error_memory_;  // pinned
+  const absl::Span<uint32_t> errors_;                      // written by the stream in End
   const std::unique_ptr<gpu::Stream> stream_;
-  KvPacker packer_;
 };
 
 }  // namespace clusterkv::client

@@ -26,6 +26,7 @@ class ClientImpl final : public Client {
                                                            const BatchOptions& options) override;
 
   const std::string& backend() const override { return session_->welcome().backend(); }
+  gpu::Device& device() override { return session_->device(); }
   uint64_t session_id() const override { return session_->welcome().session_id(); }
   absl::Status health() const override { return session_->health(); }
 

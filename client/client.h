@@ -105,6 +105,9 @@ class Sequence {
 
 struct BatchOptions {
   bool want_selection = false;  // makes DecodeBatch::Selection work
+  // Direct, backend cuda: the caller's cudaStream_t, in which the steps run; it must outlive the
+  // batch. Null: a stream of the batch's own, which the caller's work must then wait for.
+  void* stream = nullptr;
 };
 
 // Sequences that decode together: one shape, one mode. Thread-compatible; at most one step of a
@@ -119,7 +122,7 @@ class DecodeBatch {
   virtual absl::Status Begin(uint32_t budget_tokens = 0) = 0;
   // This step's K and V: [batch][kv_heads][head_dim] with batch and head strides.
   virtual absl::Status Append(uint32_t layer, const gpu::KvSource& source) = 0;
-  // Output of one layer; host memory. Layers in rising order, each after its Append. Complete
+  // Output of one layer. Layers in rising order, each after its Append. Complete
   // when it returns for served, when the stream has passed (End) for direct.
   virtual absl::Status Attend(uint32_t layer, const gpu::QuerySource& queries,
                               const gpu::AttentionTarget& target) = 0;
@@ -149,6 +152,9 @@ class Client {
       const std::vector<Sequence*>& sequences, const BatchOptions& options = {}) = 0;
 
   virtual const std::string& backend() const = 0;
+  // What this process decodes on. For `cuda` K, V, queries and outputs lie in its memory, or pinned
+  // on the host.
+  virtual gpu::Device& device() = 0;
   virtual uint64_t session_id() const = 0;
   // Not OK once the session has ended: why.
   virtual absl::Status health() const = 0;

@@ -78,6 +78,7 @@ absl::Status ClientSession::OpenParts() {
     stream_ = std::move(stream);
   }
   CKV_ASSIGN_OR_RETURN(device_, gpu::CreateDevice({.backend = welcome.backend(),
+                                                   .device = welcome.device(),
                                                    .threads = options_.device_threads}));
   CKV_ASSIGN_OR_RETURN(copy_stream_, device_->CreateStream("ckv-copy"));
   AttachOptions attach_options{.path = welcome.attach_path(),

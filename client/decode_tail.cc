@@ -26,19 +26,9 @@ absl::Status DecodeTail::Reserve(uint32_t position, uint32_t capacity) {
   return refused;
 }
 
-absl::Status DecodeTail::Append(KvPacker& packer, std::byte* ring_data, uint32_t layer,
-                                const gpu::KvSource& source) {
+std::byte* DecodeTail::token(std::byte* ring_data) const {
   const RangeLayout layout(shape_, shape_.layers, capacity_);
-  std::byte* const token = ring_data + *range_ + count_ * layout.token_bytes();
-  StridedRows rows{.data = source.k,
-                   .token_stride = 0,
-                   .head_stride = source.head_stride,
-                   .tokens = 1,
-                   .heads = shape_.kv_heads,
-                   .row_bytes = layout.row_bytes()};
-  CKV_RETURN_IF_ERROR(packer.Pack(token + layout.k_offset(layer), rows));
-  rows.data = source.v;
-  return packer.Pack(token + layout.v_offset(layer), rows);
+  return ring_data + *range_ + layout.k_offset(0) + count_ * layout.token_bytes();
 }
 
 absl::Status DecodeTail::Compact(KvPacker& packer, std::byte* ring_data) const {

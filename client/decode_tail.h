@@ -38,10 +38,12 @@ class DecodeTail {
   // Makes room for the token at `position`; a new range is for `capacity` tokens, or half of that
   // and so on down to 1. Does not wait. Errors: RESOURCE_EXHAUSTED, and nothing changes.
   absl::Status Reserve(uint32_t position, uint32_t capacity);
-  // One layer of that token, from k and v: [kv_heads][head_dim]. `ring_data` is the ring's start.
-  absl::Status Append(KvPacker& packer, std::byte* ring_data, uint32_t layer,
-                      const gpu::KvSource& source);
-  // All layers are appended, and the stream has passed.
+  // Where that token goes: K of layer 0, [kv_heads][head_dim], in the ring that starts at
+  // `ring_data`; its V `stride()` bytes on, then the next layer's K, and so forth
+  // (gpu::BatchSlot::tail).
+  std::byte* token(std::byte* ring_data) const;
+  uint64_t stride() const { return RangeLayout(shape_, shape_.layers, capacity_).block_bytes(); }
+  // All layers of it lie there.
   void Commit() { ++count_; }
 
   bool empty() const { return count_ == 0; }

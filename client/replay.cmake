@@ -3,6 +3,7 @@ set(REPLAY_DIR ${CMAKE_CURRENT_LIST_DIR}/replay)
 add_library(clusterkv_replay STATIC
   ${REPLAY_DIR}/baselines.cc
   ${REPLAY_DIR}/child_process.cc
+  ${REPLAY_DIR}/device_trace.cc
   ${REPLAY_DIR}/dump.cc
   ${REPLAY_DIR}/evaluation.cc
   ${REPLAY_DIR}/interrupt.cc

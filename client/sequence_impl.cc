@@ -166,12 +166,19 @@ absl::Status SequenceImpl::Release() {
   return absl::IsNotFound(status) ? absl::OkStatus() : status;
 }
 
-gpu::BatchSlot SequenceImpl::slot() const {
+gpu::BatchSlot SequenceImpl::state_slot() const {
   return {.state = state_->data(),
           .layout = &layout_,
           .host_chunks = session_->attach().chunk_bases(),
           .generation = generation_,
           .active = 1};
+}
+
+gpu::BatchSlot SequenceImpl::slot() const {
+  gpu::BatchSlot slot = state_slot();
+  slot.tail = tail_.token(session_->ring_data());
+  slot.tail_stride = tail_.stride();
+  return slot;
 }
 
 absl::Status SequenceImpl::CheckStep() const {
@@ -230,11 +237,6 @@ uint32_t SequenceImpl::TailCapacity() const {
 absl::Status SequenceImpl::ReserveTail() {
   const absl::Status reserved = tail_.Reserve(length_, TailCapacity());
   return Annotate(reserved, absl::StrCat("sequence ", id()));
-}
-
-absl::Status SequenceImpl::AppendTail(KvPacker& packer, uint32_t layer,
-                                      const gpu::KvSource& source) {
-  return tail_.Append(packer, session_->ring_data(), layer, source);
 }
 
 void SequenceImpl::SubmitTail() {

@@ -38,15 +38,13 @@ class SequenceImpl final : public Sequence {
   // --- Steps ----------------------------------------------------------------------------------
   ClientSession& session() const { return *session_; }
   bool direct() const { return options_.mode == FetchMode::kDirect; }
-  // Direct only.
+  // Direct only, while a token has room in the tail: for a step.
   gpu::BatchSlot slot() const;
   // May a step begin now? Errors: as DecodeBatch::Begin.
   absl::Status CheckStep() const;
   // Direct: room in the ring for the step's token. Errors: RESOURCE_EXHAUSTED.
   absl::Status ReserveTail();
   void OpenStep() { step_open_ = true; }
-  // Direct: this step's K and V of one layer, for the daemon.
-  absl::Status AppendTail(KvPacker& packer, uint32_t layer, const gpu::KvSource& source);
   // The step is complete, and the stream has passed.
   void FinishStep();
   // The step failed or was abandoned: what the token left behind is undefined, so the sequence
@@ -62,6 +60,7 @@ class SequenceImpl final : public Sequence {
 
   // Not OK: released, failed, or the session is over.
   absl::Status Check() const;
+  gpu::BatchSlot state_slot() const;
   absl::Status CheckSource(const gpu::KvSource& source) const;
   absl::Status SendPiece(const IngestRange& piece, const gpu::KvSource& source,
                          const Deadline& deadline);

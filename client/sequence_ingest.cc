@@ -124,7 +124,7 @@ absl::Status SequenceImpl::CopyPiece(const IngestRange& piece, const gpu::KvSour
 absl::Status SequenceImpl::WriteState(const IngestRange& range, const gpu::KvSource& source) {
   const ClientSession::StreamLease lease = session_->LeaseStream();
   const absl::Status written = session_->device().decode_ops().WriteTokens(
-      lease.stream, {.slot = slot(),
+      lease.stream, {.slot = state_slot(),
                      .layer_begin = range.layer_begin,
                      .layer_count = range.layer_count,
                      .position = range.position,

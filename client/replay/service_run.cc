@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/replay/device_trace.h"
 #include "client/replay/interrupt.h"
 #include "client/replay/measures.h"
 #include "client/replay/step_attention.h"
@@ -39,6 +40,7 @@ class ServiceRun {
         totals_(trace_.shape().layers) {}
 
   absl::StatusOr<std::vector<LayerTotals>> Run() {
+    CKV_ASSIGN_OR_RETURN(tensors_, DeviceTrace::Create(client_.device(), trace_));
     CKV_RETURN_IF_ERROR(Register());
     for (size_t i = 0; i < sequences_.size(); ++i) {
       CKV_RETURN_IF_ERROR(InContext(Ingest(*sequences_[i]), absl::StrCat("sequence ", i)));
@@ -47,7 +49,7 @@ class ServiceRun {
     std::vector<Sequence*> members;
     for (const auto& sequence : sequences_) members.push_back(sequence.get());
     CKV_ASSIGN_OR_RETURN(batch_, client_.CreateBatch(members, {.want_selection = true}));
-    AllocateResults();
+    CKV_RETURN_IF_ERROR(AllocateResults());
     for (uint32_t step = 0; step < options_.ranges.size(); ++step) {
       CKV_RETURN_IF_ERROR(CheckInterrupt());
       CKV_RETURN_IF_ERROR(InContext(RunStep(step), absl::StrCat("step ", step)));
@@ -79,8 +81,8 @@ class ServiceRun {
   gpu::KvSource SourceOf(size_t layer, uint32_t position) const {
     const size_t offset = position * trace_.kv_token_bytes();
     gpu::KvSource source;
-    source.k = trace_.layers()[layer].k + offset;
-    source.v = trace_.layers()[layer].v + offset;
+    source.k = tensors_->k(layer) + offset;
+    source.v = tensors_->v(layer) + offset;
     source.batch_stride = 0;  // every sequence replays the same trace
     source.token_stride = trace_.kv_token_bytes();
     source.head_stride = trace_.head_bytes();
@@ -112,11 +114,21 @@ class ServiceRun {
     return absl::OkStatus();
   }
 
-  void AllocateResults() {
+  absl::Status AllocateResults() {
     const gpu::Shape& shape = trace_.shape();
-    outputs_.resize(size_t{shape.layers} * sequences_.size() * shape.q_heads * shape.head_dim);
+    CKV_ASSIGN_OR_RETURN(
+        outputs_, client_.device().AllocatePinned(size_t{shape.layers} * sequences_.size() *
+                                                  shape.q_heads * shape.head_dim * sizeof(float)));
     results_.assign(sequences_.size(), std::vector<LayerResult>(shape.layers));
     ranges_.resize(sequences_.size());
+    return absl::OkStatus();
+  }
+
+  float* outputs(size_t layer, size_t sequence) const {
+    const gpu::Shape& shape = trace_.shape();
+    const size_t row = size_t{shape.q_heads} * shape.head_dim;
+    return reinterpret_cast<float*>(outputs_->data()) +
+           (layer * sequences_.size() + sequence) * row;
   }
 
   // After this the segments that the step shall see are published: exactly the schedule's.
@@ -162,10 +174,10 @@ class ServiceRun {
     for (uint32_t layer = 0; layer < shape.layers; ++layer) {
       CKV_RETURN_IF_ERROR(batch_->Append(layer, SourceOf(layer, position)));
       gpu::QuerySource queries;
-      queries.q = trace_.layers()[layer].q + step * trace_.q_step_bytes();
+      queries.q = tensors_->q(layer) + step * trace_.q_step_bytes();
       queries.head_stride = trace_.head_bytes();
       gpu::AttentionTarget target;
-      target.out = outputs_.data() + layer * sequences_.size() * row;
+      target.out = outputs(layer, 0);
       target.batch_stride = row;
       target.head_stride = shape.head_dim;
       CKV_RETURN_IF_ERROR(batch_->Attend(layer, queries, target));
@@ -176,7 +188,7 @@ class ServiceRun {
     CKV_RETURN_IF_ERROR(batch_->End());
     for (size_t i = 0; i < sequences_.size(); ++i) {
       for (size_t layer = 0; layer < shape.layers; ++layer) {
-        const float* const first = outputs_.data() + (layer * sequences_.size() + i) * row;
+        const float* const first = outputs(layer, i);
         results_[i][layer].outputs.assign(first, first + row);
       }
       CKV_RETURN_IF_ERROR(InContext(CheckSelection(step, i), absl::StrCat("sequence ", i)));
@@ -331,11 +343,12 @@ class ServiceRun {
   const ServiceRunOptions& options_;
   const Trace& trace_;
   gpu::host::ThreadPool& threads_;
+  std::unique_ptr<DeviceTrace> tensors_;
   std::vector<std::unique_ptr<Sequence>> sequences_;
   std::unique_ptr<DecodeBatch> batch_;  // before its sequences
   std::vector<LayerTotals> totals_;
   // Of the current step.
-  std::vector<float> outputs_;                     // [layers][sequences][q_heads][head_dim]
+  std::unique_ptr<gpu::DeviceMemory> outputs_;     // [layers][sequences][q_heads][head_dim], pinned
   std::vector<std::vector<LayerResult>> results_;  // [sequences][layers]
   std::vector<StepRange> ranges_;                  // [sequences]: as the step saw it
   std::vector<uint32_t> cuts_before_;              // [sequences]: published when it began

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <vector>
 
 #include "tests/client/immediate_stream.h"
@@ -37,10 +38,10 @@ class DecodeTailTest : public testing::Test {
         std::fill_n(k.begin() + head * 64, 64, Value(false, layer, token, head));
         std::fill_n(v.begin() + head * 64, 64, Value(true, layer, token, head));
       }
-      const gpu::KvSource source{.k = reinterpret_cast<const std::byte*>(k.data()),
-                                 .v = reinterpret_cast<const std::byte*>(v.data()),
-                                 .head_stride = 64 * sizeof(float)};
-      ASSERT_TRUE(tail.Append(packer_, data_.data(), layer, source).ok());
+      // As gpu::DecodeOps::Append does.
+      std::byte* const place = tail.token(data_.data()) + 2 * layer * tail.stride();
+      std::memcpy(place, k.data(), k.size() * sizeof(float));
+      std::memcpy(place + tail.stride(), v.data(), v.size() * sizeof(float));
     }
     tail.Commit();
   }
