@@ -65,7 +65,7 @@ class SequenceImpl final : public Sequence {
   absl::Status SendPiece(const IngestRange& piece, const gpu::KvSource& source,
                          const Deadline& deadline);
   absl::Status CopyPiece(const IngestRange& piece, const gpu::KvSource& source, uint64_t offset);
-  absl::Status WriteState(const IngestRange& range, const gpu::KvSource& source);
+  absl::Status WriteLength();
   v1::IngestTokensRequest RangeRequest(const IngestRange& range, uint64_t offset);
   // Hands over what has gathered in the tail.
   void SubmitTail();

@@ -53,7 +53,7 @@ absl::Status SequenceImpl::Ingest(const IngestRange& range, const gpu::KvSource&
         deadline));
     progress_.Advance(piece);
   }
-  if (direct()) CKV_RETURN_IF_ERROR(WriteState(range, source));
+  if (direct()) CKV_RETURN_IF_ERROR(WriteLength());
   unfinished_.reset();
   length_ = progress_.tokens();
   return absl::OkStatus();
@@ -115,22 +115,29 @@ absl::Status SequenceImpl::CopyPiece(const IngestRange& piece, const gpu::KvSour
     rows.data = of_layer.v;
     if (status.ok()) status = packer.Pack(range + layout.v_offset(layer), rows);
   }
+  // The state takes its share from the ring, where the device reaches it whatever the source is.
+  if (status.ok() && direct()) {
+    status = session_->device().decode_ops().WriteTokens(
+        lease.stream, {.slot = state_slot(),
+                       .layer_begin = piece.layer_begin,
+                       .layer_count = piece.layer_count,
+                       .position = piece.position,
+                       .count = piece.count,
+                       .source = {.k = range + layout.k_offset(0),
+                                  .v = range + layout.v_offset(0),
+                                  .layer_stride = layout.k_offset(1) - layout.k_offset(0),
+                                  .token_stride = layout.token_bytes(),
+                                  .head_stride = layout.row_bytes()}});
+  }
   const absl::Status passed = lease.stream.Synchronize();
   return status.ok() ? passed : status;
 }
 
-// Sinks and window take what of the range can matter to them; the length counts what all layers
-// have.
-absl::Status SequenceImpl::WriteState(const IngestRange& range, const gpu::KvSource& source) {
+// The length counts what all layers have.
+absl::Status SequenceImpl::WriteLength() {
   const ClientSession::StreamLease lease = session_->LeaseStream();
   const absl::Status written = session_->device().decode_ops().WriteTokens(
-      lease.stream, {.slot = state_slot(),
-                     .layer_begin = range.layer_begin,
-                     .layer_count = range.layer_count,
-                     .position = range.position,
-                     .count = range.count,
-                     .source = source,
-                     .length_after = progress_.tokens()});
+      lease.stream, {.slot = state_slot(), .length_after = progress_.tokens()});
   const absl::Status passed = lease.stream.Synchronize();
   return written.ok() ? passed : written;
 }

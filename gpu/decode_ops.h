@@ -53,7 +53,7 @@ struct WriteTokensArgs {
   uint32_t layer_count = 0;
   uint32_t position = 0;
   uint32_t count = 0;
-  KvSource source;
+  KvSource source = {};
   uint32_t length_after = 0;  // sets the latch's length; 0 leaves it
 };
 

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <iostream>
@@ -40,6 +41,21 @@ uint32_t Between(std::mt19937_64& random, uint32_t low, uint32_t high) {
 
 double Tolerance(gpu::DType dtype) { return dtype == gpu::DType::kFp32 ? 1e-5 : 1e-3; }
 
+constexpr size_t kMaxMembers = 3;
+
+// Memory that the client's device reaches in place.
+class Pinned {
+ public:
+  Pinned(Client& client, size_t bytes) : memory_(*client.device().AllocatePinned(bytes)) {}
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory_->data());
+  }
+
+ private:
+  std::unique_ptr<gpu::DeviceMemory> memory_;
+};
+
 struct Live {
   std::unique_ptr<Sequence> sequence;
   std::unique_ptr<DenseSequence> dense;
@@ -55,7 +71,8 @@ class History {
     shape_.kv_heads = Between(random_, 1, 3);
     shape_.q_heads = shape_.kv_heads * Pick(random_, {1, 2, 3, 5});
     shape_.head_dim = Pick(random_, {64, 96, 128, 256});
-    shape_.dtype = static_cast<gpu::DType>(Between(random_, 1, 3));
+    // fp32 is for the host backend only.
+    shape_.dtype = static_cast<gpu::DType>(Between(random_, 1, client.backend() == "host" ? 3 : 2));
     method_.sink_tokens = Pick(random_, {0, 1, 16, 40});
     method_.min_window_tokens = Pick(random_, {0, 1, 17, 64});
     method_.decode_segment_tokens = Pick(random_, {1, 7, 32, 320});
@@ -67,12 +84,13 @@ class History {
     method_.budget_tokens = kMaxTokens;
     method_.seed = random_();
     mode_ = random_() % 2 == 0 ? FetchMode::kDirect : FetchMode::kServed;
+    for (uint32_t layer = 0; layer < shape_.layers; ++layer) tensors_.emplace_back(client, shape_);
   }
 
   void Run() {
     const uint32_t rounds = Between(random_, 1, 3);
     for (uint32_t round = 0; round < rounds && !::testing::Test::HasFatalFailure(); ++round) {
-      while (live_.size() < 3 && random_() % 3 != 0) Join();
+      while (live_.size() < kMaxMembers && random_() % 3 != 0) Join();
       if (live_.empty()) Join();
       if (::testing::Test::HasFatalFailure()) return;
       Decode(Between(random_, 1, 40));
@@ -95,6 +113,17 @@ class History {
   uint64_t steps() const { return steps_; }
 
  private:
+  // Of one layer of a step, for kMaxMembers sequences.
+  struct LayerTensors {
+    LayerTensors(Client& client, const gpu::Shape& shape)
+        : k(client, kMaxMembers * shape.kv_heads * shape.row_bytes() / 2),
+          v(client, kMaxMembers * shape.kv_heads * shape.row_bytes() / 2),
+          q(client, kMaxMembers * shape.q_heads * shape.row_bytes() / 2),
+          out(client, kMaxMembers * shape.q_heads * shape.head_dim * sizeof(float)),
+          lse(client, kMaxMembers * shape.q_heads * sizeof(float)) {}
+    Pinned k, v, q, out, lse;
+  };
+
   void Join() {
     auto made = client_.RegisterSequence(
         {.shape = shape_, .method = method_, .max_tokens = kMaxTokens, .mode = mode_});
@@ -185,38 +214,34 @@ class History {
     const size_t head = shape_.head_dim * gpu::SizeOf(shape_.dtype);
     const size_t out_floats = size_t{shape_.q_heads} * shape_.head_dim;
     // Everything stays until End: direct fetch reads it when its stream gets there.
-    std::vector<std::vector<std::byte>> k(shape_.layers), v(shape_.layers);
     std::vector<std::vector<std::vector<std::byte>>> q(shape_.layers);
-    std::vector<std::vector<std::byte>> packed_q(shape_.layers);
-    std::vector<std::vector<float>> out(shape_.layers), lse(shape_.layers);
     for (uint32_t layer = 0; layer < shape_.layers; ++layer) {
-      for (Live* live : members) {
-        const uint32_t position = live->dense->length() - 1;
-        const auto key = live->dense->Keys(layer, 1, position, 1);
-        const auto value = live->dense->Values(layer, 1, position, 1);
-        k[layer].insert(k[layer].end(), key.begin(), key.end());
-        v[layer].insert(v[layer].end(), value.begin(), value.end());
-        q[layer].push_back(live->dense->RandomQuery(random_));
-        packed_q[layer].insert(packed_q[layer].end(), q[layer].back().begin(),
-                               q[layer].back().end());
+      const LayerTensors& tensors = tensors_[layer];
+      for (size_t i = 0; i < members.size(); ++i) {
+        const uint32_t position = members[i]->dense->length() - 1;
+        const auto place = [&](const Pinned& to, const std::vector<std::byte>& from) {
+          std::ranges::copy(from, to.as<std::byte>() + i * from.size());
+        };
+        place(tensors.k, members[i]->dense->Keys(layer, 1, position, 1));
+        place(tensors.v, members[i]->dense->Values(layer, 1, position, 1));
+        q[layer].push_back(members[i]->dense->RandomQuery(random_));
+        place(tensors.q, q[layer].back());
       }
-      out[layer].resize(members.size() * out_floats);
-      lse[layer].resize(members.size() * shape_.q_heads);
       const absl::Status appended =
-          batch.Append(layer, gpu::KvSource{.k = k[layer].data(),
-                                            .v = v[layer].data(),
+          batch.Append(layer, gpu::KvSource{.k = tensors.k.as<std::byte>(),
+                                            .v = tensors.v.as<std::byte>(),
                                             .batch_stride = shape_.kv_heads * head,
                                             .head_stride = head});
       ASSERT_TRUE(appended.ok()) << appended;
       const absl::Status attended =
           batch.Attend(layer,
-                       gpu::QuerySource{.q = packed_q[layer].data(),
+                       gpu::QuerySource{.q = tensors.q.as<std::byte>(),
                                         .batch_stride = shape_.q_heads * head,
                                         .head_stride = head},
-                       gpu::AttentionTarget{.out = out[layer].data(),
+                       gpu::AttentionTarget{.out = tensors.out.as<float>(),
                                             .batch_stride = out_floats,
                                             .head_stride = shape_.head_dim,
-                                            .lse = lse[layer].data(),
+                                            .lse = tensors.lse.as<float>(),
                                             .lse_batch_stride = shape_.q_heads});
       ASSERT_TRUE(attended.ok()) << attended;
     }
@@ -227,7 +252,7 @@ class History {
     for (size_t i = 0; i < members.size(); ++i) {
       const auto expected = members[i]->dense->Attention(checked, q[checked][i]);
       const double error = testing::WorstRelativeError(
-          expected, out[checked].data() + i * out_floats, shape_.head_dim);
+          expected, tensors_[checked].out.as<float>() + i * out_floats, shape_.head_dim);
       ASSERT_LT(error, Tolerance(shape_.dtype))
           << "member " << i << " layer " << checked << " length " << members[i]->dense->length();
       worst_ = std::max(worst_, error / Tolerance(shape_.dtype));
@@ -239,6 +264,7 @@ class History {
   gpu::Shape shape_;
   gpu::MethodOptions method_;
   FetchMode mode_ = FetchMode::kDirect;
+  std::vector<LayerTensors> tensors_;
   std::vector<Live> live_;
   double worst_ = 0;
   uint64_t steps_ = 0;
@@ -247,8 +273,12 @@ class History {
 TEST(RetrieveAll, EqualsDenseOverRandomHistories) {
   const char* const count_text = std::getenv("CLUSTERKV_TEST_HISTORIES");
   const int histories = count_text == nullptr ? 40 : std::atoi(count_text);
+  const char* const backend = std::getenv("CLUSTERKV_TEST_BACKEND");
+  const char* const program = std::getenv("CLUSTERKV_TEST_CLUSTERKVD");
   auto daemon = client::replay::PrivateDaemon::Start(
-      {.program = CLUSTERKVD_PATH, .backend = "host", .memory = {.total_bytes = 512ull << 20}});
+      {.program = program == nullptr ? CLUSTERKVD_PATH : program,
+       .backend = backend == nullptr ? "host" : backend,
+       .memory = {.total_bytes = 512ull << 20}});
   ASSERT_TRUE(daemon.ok()) << daemon.status();
   auto client = Client::Connect({.address = (*daemon)->address(),
                                  .name = "property_test",
