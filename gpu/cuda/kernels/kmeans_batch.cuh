@@ -29,6 +29,19 @@ __host__ __device__ constexpr uint32_t TilePoints(uint32_t head_dim) {
   return head_dim <= 128 ? 256 : 128;
 }
 
+// Problems whose centroids fit in the shared memory of a Hopper block (227 KiB) are assigned by
+// kmeans_assign_resident.cu there, all others, and all on other devices, by kmeans_assign.cu.
+__host__ __device__ constexpr uint32_t ResidentCentroids(uint32_t clusters) {
+  return (clusters + 15) / 16 * 16;
+}
+__host__ __device__ constexpr uint32_t ResidentCentroidBytes(uint32_t head_dim) {
+  return head_dim * 2 + 4;  // with its bias
+}
+__host__ __device__ constexpr bool IsResident(uint32_t clusters, uint32_t head_dim) {
+  return head_dim <= 128 &&
+         ResidentCentroids(clusters) * ResidentCentroidBytes(head_dim) <= 226 * 1024;
+}
+
 struct Problem {
   const unsigned char* rows = nullptr;
   uint32_t* order = nullptr;
@@ -82,8 +95,12 @@ struct Batch {
   uint32_t tiles = 0;
   uint32_t clusters = 0;
   uint32_t pieces = 0;
-  uint32_t most_tokens = 0;           // of a problem
-  uint32_t most_shared_clusters = 0;  // of a problem with up to kSharedClusters
+  uint32_t most_tokens = 0;             // of a problem
+  uint32_t most_shared_clusters = 0;    // of a problem with up to kSharedClusters
+  uint32_t most_resident_clusters = 0;  // of a problem that IsResident; 0: none
+  bool all_resident = true;
+  bool hopper = false;  // and so has wgmma
+  uint32_t multiprocessors = 1;
   uint32_t head_dim = 0;
   uint32_t largest = 0;
   bool bf16 = false;
@@ -92,7 +109,8 @@ struct Batch {
 // Large grids are cut in launches of about a millisecond at most on an H100, so that decode steps
 // get their turn: bytes of rows, and multiply-adds counted as two.
 constexpr double kBytesPerLaunch = 2.5e9;
-constexpr double kFlopPerLaunch = 0.4e12;
+constexpr double kFlopPerLaunch = 0.3e12;
+constexpr double kFlopPerResidentLaunch = 0.45e12;
 
 // Calls launch(first, count) for near-equal ranges over [0, count).
 template <typename Launch>
@@ -134,6 +152,7 @@ cudaError_t ForShape(const Batch& batch, Launch&& launch) {
 cudaError_t Prepare(const Batch& batch, cudaStream_t stream);  // means and inverse norms
 cudaError_t Seed(const Batch& batch, cudaStream_t stream);     // first centroids
 cudaError_t Assign(const Batch& batch, bool first, cudaStream_t stream);
+cudaError_t AssignResident(const Batch& batch, bool first, cudaStream_t stream);
 cudaError_t Group(const Batch& batch, bool first, cudaStream_t stream);
 cudaError_t Update(const Batch& batch, cudaStream_t stream);
 cudaError_t Finish(const Batch& batch, cudaStream_t stream);  // all results

@@ -94,6 +94,11 @@ class Totals {
     batch_.pieces += p.pieces;
     batch_.most_tokens = std::max(batch_.most_tokens, p.tokens);
     batch_.score_flop += 2.0 * p.tokens * p.clusters * args_.head_dim;
+    if (IsResident(p.clusters, args_.head_dim)) {
+      batch_.most_resident_clusters = std::max(batch_.most_resident_clusters, p.clusters);
+    } else {
+      batch_.all_resident = false;
+    }
     if (p.clusters > kSharedClusters) {
       batch_.histogram_entries += uint64_t{kGroupWarps} * ((p.clusters + 1) / 2 * 2);
     } else {
@@ -168,6 +173,22 @@ cudaError_t Describe(const KMeansArgs& args, const Batch& batch, cudaStream_t st
   return cudaSuccess;
 }
 
+cudaError_t ReadDevice(Batch& batch) {
+  int device = 0;
+  int major = 0;
+  int multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  batch.hopper = major == 9;
+  batch.multiprocessors = static_cast<uint32_t>(std::max(1, multiprocessors));
+  return error;
+}
+
 cudaError_t Run(const KMeansArgs& args, const Batch& batch, cudaStream_t stream) {
   cudaError_t error = Describe(args, batch, stream);
   if (error == cudaSuccess) error = Prepare(batch, stream);
@@ -195,6 +216,7 @@ cudaError_t LaunchKMeans(const KMeansArgs& args, void* workspace, cudaStream_t s
   if (args.problem_count == 0) return cudaSuccess;
   kmeans::Batch batch = kmeans::BatchOf(args);
   kmeans::Place(args, reinterpret_cast<uintptr_t>(workspace), batch);
+  if (const cudaError_t error = kmeans::ReadDevice(batch); error != cudaSuccess) return error;
   return kmeans::Run(args, batch, stream);
 }
 
