@@ -1,10 +1,9 @@
 // Batched spherical k-means of keys on a GPU: what gpu::ClusterOps::Cluster enqueues.
 //
-//   describe ─► mean (if centred) ─► norms ─► seed ─┐
-//                                                   ▼
-//                         update ◄── group ◄── assign      until no label of a problem changes,
-//                            └─────────────────►┘           or `iterations`
-//   split ─► means                         (of the last grouping)
+//   describe ─► mean (if centred) ─► seed ─► assign ─► group ─► split ─► means
+//                                              ▲         │
+//                                              └─ update ┘  until no label of a problem changes, or
+//                                                           `iterations`
 //
 // Cosine distance (ClusterKV section III-B; Dhillon and Modha 2001): a key goes to the centroid of
 // greatest inner product, a centroid is the direction of the sum of its unit keys. The matrix of

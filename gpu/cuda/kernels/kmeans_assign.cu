@@ -7,7 +7,7 @@
 // Scores start from the centroid's bias: -mean.centroid, and -inf for padding, which so never
 // wins. Cost per key and centroid: head_dim multiply-adds on the tensor cores, and three
 // instructions for the running maximum, which hide behind them. The norm of a key changes no
-// maximum; it is only for the stored cosine, by which empty clusters are reseeded.
+// maximum; the first assignment finds it for the sums, since it has the keys at hand.
 #include "gpu/cuda/kernels/kmeans_batch.cuh"
 #include "gpu/cuda/kernels/kmeans_mma.cuh"
 #include "gpu/cuda/kernels/kmeans_points.cuh"
@@ -126,7 +126,10 @@ __global__ void __launch_bounds__(kThreads, 2)
                      best);
     }
   }
-  const bool changed = Store(batch, problem, warp_first, first_time, best);
+  Labels<TileOf::kRowBlocks> before;
+  before.Load(batch, problem, warp_first, first_time);
+  const bool changed =
+      Store<T>(batch, problem_index, problem, warp_first, first_time, keys, before, best);
   if (__syncthreads_or(changed) != 0 && threadIdx.x == 0) batch.states[problem_index].changed = 1;
 }
 

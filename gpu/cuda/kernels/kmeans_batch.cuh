@@ -65,6 +65,7 @@ struct Problem {
 struct State {
   uint32_t changed;  // a label, by the last assignment
   uint32_t done;
+  uint32_t grouping;  // 0 or 1: where the last one is
 };
 
 // By value to every kernel. Arrays are in the workspace.
@@ -75,12 +76,14 @@ struct Batch {
   uint32_t* cluster_problem = nullptr;  // [clusters]
   uint32_t* piece_problem = nullptr;    // [pieces]
   float* inverse_norms = nullptr;       // [tokens] 0: a key without a direction
-  float* scores = nullptr;              // [tokens] cosine to the assigned centroid
+  float* scores = nullptr;              // [tokens] product with the assigned centroid
   uint16_t* labels = nullptr;           // [tokens]
-  uint16_t* members = nullptr;          // [tokens] by label, ascending within one
-  uint32_t* begins = nullptr;           // [clusters + problems] into the problem's members
+  uint8_t* moved = nullptr;             // [tokens] 1: the last assignment changed the label
+  uint16_t* members = nullptr;          // [2][tokens] by label, ascending within one
+  uint32_t* begins = nullptr;           // [2][clusters + problems] into the problem's members
   uint32_t* piece_begins = nullptr;     // [pieces] likewise
   void* unit_centroids = nullptr;       // [padded centroids]; layout: kmeans_centroid.cuh
+  float* sums = nullptr;                // [clusters][head_dim] of unit keys
   float* biases = nullptr;              // [padded centroids] -mean.centroid; padding: -inf
   uint16_t* histograms = nullptr;       // [kGroupWarps][clusters] of each large problem
   float* means = nullptr;               // [problems][head_dim]; null: keys are not centred
@@ -105,6 +108,19 @@ struct Batch {
   uint32_t largest = 0;
   bool bf16 = false;
 };
+
+// A grouping of a problem: 0 and 1 take turns, so that the one before is there as well.
+struct Grouping {
+  uint16_t* members;  // [tokens]
+  uint32_t* begins;   // [clusters + 1]
+};
+
+__device__ inline Grouping GroupingOf(const Batch& batch, uint32_t problem_index,
+                                      const Problem& problem, uint32_t which) {
+  const uint64_t stride = uint64_t{batch.clusters} + batch.problem_count;
+  return {batch.members + which * batch.tokens + problem.first_token,
+          batch.begins + which * stride + problem.first_cluster + problem_index};
+}
 
 // Large grids are cut in launches of about a millisecond at most on an H100, so that decode steps
 // get their turn: bytes of rows, and multiply-adds counted as two.
@@ -149,12 +165,13 @@ cudaError_t ForShape(const Batch& batch, Launch&& launch) {
 }
 
 // The steps, in the order of their files.
-cudaError_t Prepare(const Batch& batch, cudaStream_t stream);  // means and inverse norms
-cudaError_t Seed(const Batch& batch, cudaStream_t stream);     // first centroids
+cudaError_t FindMeans(const Batch& batch, cudaStream_t stream);  // if keys are centred
+cudaError_t Seed(const Batch& batch, cudaStream_t stream);       // first centroids
 cudaError_t Assign(const Batch& batch, bool first, cudaStream_t stream);
 cudaError_t AssignResident(const Batch& batch, bool first, cudaStream_t stream);
 cudaError_t Group(const Batch& batch, bool first, cudaStream_t stream);
-cudaError_t Update(const Batch& batch, cudaStream_t stream);
+cudaError_t Update(const Batch& batch, cudaStream_t stream);  // after the first grouping
+cudaError_t Move(const Batch& batch, cudaStream_t stream);    // after each later one
 cudaError_t Finish(const Batch& batch, cudaStream_t stream);  // all results
 
 }  // namespace clusterkv::gpu::cuda::kmeans

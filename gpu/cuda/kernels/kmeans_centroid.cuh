@@ -19,6 +19,12 @@
 
 namespace clusterkv::gpu::cuda::kmeans {
 
+// Null if keys are not centred.
+template <int kDim>
+__device__ inline const float* MeanOf(const Batch& batch, uint32_t problem_index) {
+  return batch.means == nullptr ? nullptr : batch.means + size_t{problem_index} * kDim;
+}
+
 // Where element `dim` of a centroid is, in elements.
 template <int kDim>
 __device__ inline size_t CentroidElement(uint64_t centroid, int dim) {
@@ -28,49 +34,51 @@ __device__ inline size_t CentroidElement(uint64_t centroid, int dim) {
   return centroid / 8 * (8 * kDim) + static_cast<size_t>(matrix) * 64 + centroid % 8 * 8 + element;
 }
 
-// Makes the direction of `sum` (shared memory, [kDim]) a problem's centroid, if it has one. All
-// kClusterThreads threads call; they see `sum` after a barrier.
-template <typename T, int kDim>
-__device__ inline void SetCentroid(const Batch& batch, uint32_t problem_index, uint64_t centroid,
+// Makes the direction of `sum` (shared memory, [kDim]) a problem's centroid; false if it has none.
+// All kThreads threads of the block call and get the same answer; they see `sum` after a barrier.
+template <typename T, int kDim, int kThreads>
+__device__ inline bool SetCentroid(const Batch& batch, uint32_t problem_index, uint64_t centroid,
                                    const float* sum) {
-  __shared__ double shared_double[kClusterThreads / 32];
-  __shared__ float shared_float[kClusterThreads / 32];
+  __shared__ double shared_double[kThreads / 32];
+  __shared__ float shared_float[kThreads / 32];
   float squared = 0.0f;
-  for (int i = threadIdx.x; i < kDim; i += kClusterThreads) squared += sum[i] * sum[i];
-  squared = BlockSum<kClusterThreads>(squared, shared_float);
-  float inverse;
-  if (InRange(squared)) {
-    inverse = rsqrtf(squared);
-  } else {
+  for (int i = threadIdx.x; i < kDim; i += kThreads) squared += sum[i] * sum[i];
+  squared = BlockSum<kThreads>(squared, shared_float);
+  float inverse = rsqrtf(squared);
+  if (!InRange(squared)) {
     double exact = 0.0;
-    for (int i = threadIdx.x; i < kDim; i += kClusterThreads) exact += double{sum[i]} * sum[i];
-    inverse = InverseRoot(BlockSum<kClusterThreads>(exact, shared_double));
-    if (inverse == 0.0f) return;
+    for (int i = threadIdx.x; i < kDim; i += kThreads) exact += double{sum[i]} * sum[i];
+    inverse = InverseRoot(BlockSum<kThreads>(exact, shared_double));
+    if (inverse == 0.0f) return false;
   }
   T* unit_centroids = static_cast<T*>(batch.unit_centroids);
-  const float* mean = batch.means == nullptr ? nullptr : batch.means + size_t{problem_index} * kDim;
+  const float* mean = MeanOf<kDim>(batch, problem_index);
   float bias = 0.0f;  // of the rounded centroid: exact where its score is
-  for (int i = threadIdx.x; i < kDim; i += kClusterThreads) {
+  for (int i = threadIdx.x; i < kDim; i += kThreads) {
     const T element = FromFloat<T>(sum[i] * inverse);
     unit_centroids[CentroidElement<kDim>(centroid, i)] = element;
     if (mean != nullptr) bias -= mean[i] * ToFloat(element);
   }
-  if (mean == nullptr) return;
-  bias = BlockSum<kClusterThreads>(bias, shared_float);
+  if (mean == nullptr) return true;
+  bias = BlockSum<kThreads>(bias, shared_float);
   if (threadIdx.x == 0) batch.biases[centroid] = bias;
+  return true;
 }
 
-// The key of a token less the mean, times its inverse norm, into `key` (shared memory, [kDim]).
-template <typename T, int kDim>
-__device__ inline void LoadUnitKey(const Batch& batch, uint32_t problem_index,
-                                   const Problem& problem, uint32_t token, float* key) {
+// The same for a key, less the mean.
+template <typename T, int kDim, int kThreads>
+__device__ inline bool SetCentroidToKey(const Batch& batch, uint32_t problem_index,
+                                        const Problem& problem, uint32_t cluster, uint32_t token) {
+  __shared__ float key[kDim];
   const T* row = reinterpret_cast<const T*>(problem.rows) + size_t{token} * (2 * kDim);
-  const float inverse = batch.inverse_norms[problem.first_token + token];
-  for (int i = threadIdx.x; i < kDim; i += kClusterThreads) {
-    float x = ToFloat(row[i]);
-    if (batch.means != nullptr) x -= batch.means[size_t{problem_index} * kDim + i];
-    key[i] = inverse == 0.0f ? 0.0f : x * inverse;
+  const float* mean = MeanOf<kDim>(batch, problem_index);
+  __syncthreads();  // nobody reads another key any more
+  for (int i = threadIdx.x; i < kDim; i += kThreads) {
+    key[i] = ToFloat(row[i]) - (mean == nullptr ? 0.0f : mean[i]);
   }
+  __syncthreads();
+  return SetCentroid<T, kDim, kThreads>(batch, problem_index, problem.first_centroid + cluster,
+                                        key);
 }
 
 }  // namespace clusterkv::gpu::cuda::kmeans

@@ -16,7 +16,8 @@ constexpr int kSplitThreads = 1024;
 __global__ void __launch_bounds__(kSplitThreads) SplitKernel(const __grid_constant__ Batch batch) {
   __shared__ uint32_t shared[32];
   const Problem problem = batch.problems[blockIdx.x];
-  const uint32_t* begins = batch.begins + problem.first_cluster + blockIdx.x;
+  const auto [members, begins] =
+      GroupingOf(batch, blockIdx.x, problem, batch.states[blockIdx.x].grouping);
   uint32_t* piece_begins = batch.piece_begins + problem.first_piece;
   uint32_t before = 0;
   for (uint32_t base = 0; base < problem.clusters; base += kSplitThreads) {
@@ -39,7 +40,6 @@ __global__ void __launch_bounds__(kSplitThreads) SplitKernel(const __grid_consta
     before += total;
   }
   if (threadIdx.x == 0) *problem.count = before;
-  const uint16_t* members = batch.members + problem.first_token;
   for (uint32_t i = threadIdx.x; i < problem.tokens; i += kSplitThreads) {
     problem.order[i] = __ldg(members + i);
   }
@@ -50,16 +50,20 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(kClusterThreads)
     MeansKernel(const __grid_constant__ Batch batch, uint32_t first_piece) {
   __shared__ float sum[2 * kDim];
-  const Problem problem = batch.problems[batch.piece_problem[first_piece + blockIdx.x]];
+  const uint32_t problem_index = batch.piece_problem[first_piece + blockIdx.x];
+  const Problem problem = batch.problems[problem_index];
   const uint32_t piece = first_piece + blockIdx.x - problem.first_piece;
   if (piece >= *problem.count) return;
   const uint32_t size = problem.sizes[piece];
   const uint32_t begin = batch.piece_begins[problem.first_piece + piece];
-  const Members members{problem.rows, 4 * kDim, batch.members + problem.first_token + begin, size};
+  const uint16_t* members =
+      GroupingOf(batch, problem_index, problem, batch.states[problem_index].grouping).members +
+      begin;
   // Weights before the sum: it cannot overflow where the mean does not.
   const float weight = 1.0f / static_cast<float>(size);
-  SumRows<T, 2 * kDim>(
-      members, nullptr, [weight](uint32_t) { return weight; }, sum);
+  SumRows<T, 2 * kDim, kClusterThreads>(
+      problem.rows, 4 * kDim, size, [members](uint32_t i) { return __ldg(members + i); },
+      [weight](uint32_t, uint32_t) { return weight; }, nullptr, sum);
   for (int i = threadIdx.x; i < kDim; i += kClusterThreads) {
     const size_t element = size_t{piece} * kDim + i;
     static_cast<T*>(problem.centroids)[element] = FromFloat<T>(sum[i]);

@@ -1,7 +1,7 @@
 // Grouping: a stable counting sort of a problem's tokens by label, one block a problem.
 //
 //   1  each warp counts the labels of its own run of tokens            histogram [warp][cluster]
-//   2  per cluster the counts of the warps before; over clusters, begins
+//   2  over clusters, begins; over warps, where each warp's part of a cluster begins
 //   3  each warp places its tokens, 32 at a time, equal labels by lane
 //
 // Cost: the labels are read twice. Histograms are in shared memory up to kSharedClusters, else in
@@ -36,48 +36,58 @@ class Histograms {
   uint32_t stride_;
 };
 
-// Counts of a cluster become those of the warps before; begins get the sums over clusters.
+// Counts become places: of the first token of a cluster among a warp's. A place is below 65,536;
+// it may become so, and 0, only when the last token has taken it.
 __device__ void ScanClusters(const Histograms& histograms, const Problem& problem, uint32_t warps,
                              uint32_t* begins) {
   __shared__ uint32_t shared[32];
   uint32_t before = 0;
   for (uint32_t base = 0; base < problem.clusters; base += blockDim.x) {
     const uint32_t cluster = base + threadIdx.x;
+    const bool inside = cluster < problem.clusters;
     uint32_t size = 0;
-    if (cluster < problem.clusters) {
-      for (uint32_t warp = 0; warp < warps; ++warp) {
-        uint16_t& entry = histograms.At(warp, cluster);
-        const uint32_t count = entry;
-        entry = static_cast<uint16_t>(size);
-        size += count;
-      }
-    }
+    for (uint32_t warp = 0; inside && warp < warps; ++warp) size += histograms.At(warp, cluster);
     uint32_t total;
     const uint32_t begin = before + BlockExclusiveSum(size, shared, total);
-    if (cluster < problem.clusters) begins[cluster] = begin;
     before += total;
+    if (!inside) continue;
+    begins[cluster] = begin;
+    uint32_t place = begin;
+    for (uint32_t warp = 0; warp < warps; ++warp) {
+      uint16_t& entry = histograms.At(warp, cluster);
+      const uint32_t count = entry;
+      entry = static_cast<uint16_t>(place);
+      place += count;
+    }
   }
   if (threadIdx.x == 0) begins[problem.clusters] = before;
 }
 
-__device__ void Place(const Histograms& histograms, const uint16_t* labels, const uint32_t* begins,
-                      uint32_t run_begin, uint32_t run_end, uint16_t* members) {
+__device__ void Place(const Histograms& histograms, const uint16_t* labels, uint32_t run_begin,
+                      uint32_t run_end, uint16_t* members) {
+  constexpr uint32_t kAhead = 4;  // labels on their way
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t warp = threadIdx.x / 32;
-  for (uint32_t base = run_begin; base < run_end; base += 32) {
-    const uint32_t token = base + lane;
-    const bool inside = token < run_end;
-    const uint32_t label = inside ? __ldg(labels + token) : kMaxTokens;
-    const uint32_t equals = __match_any_sync(0xFFFFFFFFu, label);
-    const uint32_t rank = __popc(equals & ((1u << lane) - 1));
-    uint32_t before = 0;
-    if (inside) before = histograms.At(warp, label);
-    __syncwarp();
-    if (inside && rank == 0) {
-      histograms.At(warp, label) = static_cast<uint16_t>(before + __popc(equals));
+  for (uint32_t base = run_begin + lane; base - lane < run_end; base += 32 * kAhead) {
+    uint32_t label[kAhead];
+#pragma unroll
+    for (uint32_t i = 0; i < kAhead; ++i) {
+      label[i] = base + i * 32 < run_end ? __ldg(labels + base + i * 32) : kMaxTokens;
     }
-    __syncwarp();
-    if (inside) members[begins[label] + before + rank] = static_cast<uint16_t>(token);
+#pragma unroll
+    for (uint32_t i = 0; i < kAhead; ++i) {
+      const bool inside = label[i] != kMaxTokens;
+      const uint32_t equals = __match_any_sync(0xFFFFFFFFu, label[i]);
+      const uint32_t rank = __popc(equals & ((1u << lane) - 1));
+      uint32_t place = 0;
+      if (inside) place = histograms.At(warp, label[i]);
+      __syncwarp();
+      if (inside && rank == 0) {
+        histograms.At(warp, label[i]) = static_cast<uint16_t>(place + __popc(equals));
+      }
+      __syncwarp();
+      if (inside) members[place + rank] = static_cast<uint16_t>(base + i * 32);
+    }
   }
 }
 
@@ -87,13 +97,14 @@ __global__ void __launch_bounds__(1024)
   State& state = batch.states[blockIdx.x];
   if (state.done != 0) return;
   const bool changed = first_time || state.changed != 0;
+  const uint32_t grouping = first_time ? 0 : changed ? 1 - state.grouping : state.grouping;
   __syncthreads();
-  if (threadIdx.x == 0) state = {0, changed ? 0u : 1u};
+  if (threadIdx.x == 0) state = {0, changed ? 0u : 1u, grouping};
   if (!changed) return;
 
   const Problem problem = batch.problems[blockIdx.x];
   const uint16_t* labels = batch.labels + problem.first_token;
-  uint32_t* begins = batch.begins + problem.first_cluster + blockIdx.x;
+  const auto [members, begins] = GroupingOf(batch, blockIdx.x, problem, grouping);
   const Histograms histograms(problem.clusters <= kSharedClusters
                                   ? reinterpret_cast<uint16_t*>(shared_histograms)
                                   : batch.histograms + problem.first_histogram,
@@ -113,7 +124,7 @@ __global__ void __launch_bounds__(1024)
   __syncthreads();
   ScanClusters(histograms, problem, warps, begins);
   __syncthreads();
-  Place(histograms, labels, begins, run_begin, run_end, batch.members + problem.first_token);
+  Place(histograms, labels, run_begin, run_end, members);
 }
 
 }  // namespace

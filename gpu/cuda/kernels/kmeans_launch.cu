@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kDescribeThreads)
   const Problem& problem = descriptions.problems[blockIdx.x];
   if (threadIdx.x == 0) {
     batch.problems[index] = problem;
-    batch.states[index] = {0, 0};
+    batch.states[index] = {0, 0, 0};
   }
   for (uint32_t i = threadIdx.x; i < problem.tiles; i += kDescribeThreads) {
     batch.tile_problem[problem.first_tile + i] = index;
@@ -143,8 +143,10 @@ size_t Place(const KMeansArgs& args, uintptr_t base, Batch& batch) {
   place(batch.inverse_norms, batch.tokens, sizeof(float));
   place(batch.scores, batch.tokens, sizeof(float));
   place(batch.labels, batch.tokens, sizeof(uint16_t));
-  place(batch.members, batch.tokens, sizeof(uint16_t));
-  place(batch.begins, size_t{batch.clusters} + batch.problem_count, sizeof(uint32_t));
+  place(batch.moved, batch.tokens, sizeof(uint8_t));
+  place(batch.members, 2 * batch.tokens, sizeof(uint16_t));
+  place(batch.begins, 2 * (size_t{batch.clusters} + batch.problem_count), sizeof(uint32_t));
+  place(batch.sums, size_t{batch.clusters} * batch.head_dim, sizeof(float));
   place(batch.piece_begins, batch.pieces, sizeof(uint32_t));
   place(batch.unit_centroids, batch.padded_centroids * batch.head_dim, 2);
   place(batch.biases, batch.padded_centroids, sizeof(float));
@@ -191,13 +193,15 @@ cudaError_t ReadDevice(Batch& batch) {
 
 cudaError_t Run(const KMeansArgs& args, const Batch& batch, cudaStream_t stream) {
   cudaError_t error = Describe(args, batch, stream);
-  if (error == cudaSuccess) error = Prepare(batch, stream);
+  if (error == cudaSuccess) error = FindMeans(batch, stream);
   if (error == cudaSuccess) error = Seed(batch, stream);
   const uint32_t iterations = std::max<uint32_t>(1, args.iterations);
   for (uint32_t i = 0; i < iterations && error == cudaSuccess; ++i) {
     error = Assign(batch, i == 0, stream);
     if (error == cudaSuccess) error = Group(batch, i == 0, stream);
-    if (error == cudaSuccess && i + 1 < iterations) error = Update(batch, stream);
+    if (error == cudaSuccess && i + 1 < iterations) {
+      error = i == 0 ? Update(batch, stream) : Move(batch, stream);
+    }
   }
   return error == cudaSuccess ? Finish(batch, stream) : error;
 }

@@ -14,21 +14,14 @@
 
 namespace clusterkv::gpu::cuda::kmeans {
 
-struct Members {
-  const unsigned char* rows;
-  size_t stride;  // bytes
-  const uint16_t* tokens;
-  uint32_t count;
-};
-
-// sum (shared memory, [kElements]) = sum over members of weight(token) * (row - mean), without
-// those of weight 0. `mean` is null or has kElements. All kClusterThreads threads call; the last
-// thing is a barrier.
-template <typename T, int kElements, typename Weight>
-__device__ inline void SumRows(const Members& members, const float* mean, Weight&& weight,
-                               float* sum) {
+// sum (shared memory, [kElements]) = sum over i < count of weight(i, token(i)) * (row of token(i)
+// - mean), without those of weight 0; `stride` is between rows, in bytes. `mean` is null or has
+// kElements. All kThreads threads of the block call; the last thing is a barrier.
+template <typename T, int kElements, int kThreads, typename Token, typename Weight>
+__device__ inline void SumRows(const unsigned char* rows, size_t stride, uint32_t count,
+                               Token&& token, Weight&& weight, const float* mean, float* sum) {
   constexpr int kVectors = kElements / kVector;
-  constexpr int kSlots = kClusterThreads / kVectors;
+  constexpr int kSlots = kThreads / kVectors;
   constexpr int kInFlight = 4;
   static_assert(kSlots >= 1);
   __shared__ float partial[kSlots][kElements];
@@ -39,7 +32,7 @@ __device__ inline void SumRows(const Members& members, const float* mean, Weight
   if (mean != nullptr) {
     for (int e = 0; e < kVector; ++e) centre[e] = mean[vector * kVector + e];
   }
-  const uint32_t count = slot < kSlots ? members.count : 0;  // threads beyond the slots idle
+  if (slot >= kSlots) count = 0;  // threads beyond the slots idle
   for (uint32_t base = slot; base < count; base += kSlots * kInFlight) {
     uint4 vectors[kInFlight];
     float weights[kInFlight];
@@ -49,9 +42,9 @@ __device__ inline void SumRows(const Members& members, const float* mean, Weight
       weights[i] = 0.0f;
       vectors[i] = {};
       if (member >= count) continue;
-      const uint32_t token = members.tokens[member];
-      weights[i] = weight(token);
-      vectors[i] = LoadOnce(members.rows + token * members.stride + vector * 16);
+      const uint32_t at = token(member);
+      weights[i] = weight(member, at);
+      vectors[i] = LoadOnce(rows + at * stride + vector * 16);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -65,7 +58,7 @@ __device__ inline void SumRows(const Members& members, const float* mean, Weight
     for (int e = 0; e < kVector; ++e) partial[slot][vector * kVector + e] = total[e];
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kElements; i += kClusterThreads) {
+  for (int i = threadIdx.x; i < kElements; i += kThreads) {
     float all = partial[0][i];
 #pragma unroll
     for (int s = 1; s < kSlots; ++s) all += partial[s][i];

@@ -1,10 +1,11 @@
 // Checks of the k-means kernels against a plain CPU k-means, and their times.
 //
-//   kmeans_kernel_benchmark [--check] [--large] [--bench] [--profile] [--seed N]
+//   kmeans_kernel_benchmark [--check] [--paths] [--large] [--bench] [--profile] [--seed N]
 //
-// --check: small cases of every shape and edge, quick enough for compute-sanitizer. --large: cases
-// of real size. --bench: times, median of CUDA event pairs. --profile: two iterations of the large
-// case, for a profiler. Nothing but a CUDA runtime is needed; the exit status is the verdict.
+// --check: small cases of every shape and edge, for compute-sanitizer's memcheck. --paths: a few of
+// them, for its racecheck. --large: cases of real size. --bench: times, median of CUDA event pairs.
+// --profile: four iterations of the large case, for a profiler. Nothing but a CUDA runtime is
+// needed; the exit status is the verdict.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -561,6 +562,16 @@ bool Check(uint64_t seed) {
   return good;
 }
 
+// One case of each path through the kernels, for the slower tools.
+bool CheckPaths(uint64_t seed) {
+  const std::vector<std::pair<uint32_t, uint32_t>> mixed = {{1, 1}, {320, 4}, {257, 33}, {640, 9}};
+  bool good = Verify({"resident", true, 128, 4, 50, true, Data::kHostile, mixed}, seed);
+  good &= Verify({"not resident", false, 256, 4, 50, true, Data::kTopics, mixed}, seed);
+  good &= Verify({"reseeds", true, 64, 10, 64, false, Data::kFewDistinct, {{600, 40}}}, seed);
+  good &= Verify({"many clusters", true, 96, 2, 9, false, Data::kNormal, {{1700, 1601}}}, seed);
+  return good;
+}
+
 bool CheckLarge(uint64_t seed) {
   bool good = true;
   for (const bool center : {false, true}) {
@@ -592,14 +603,15 @@ void Time(const Case& test, uint64_t seed, int repeats) {
   Require(cudaEventCreate(&begin), "event");
   Require(cudaEventCreate(&end), "event");
   std::vector<float> times;
-  for (int i = 0; i < repeats + 2; ++i) {
+  const int warm_up = repeats > 1 ? 2 : 0;
+  for (int i = 0; i < repeats + warm_up; ++i) {
     Require(cudaEventRecord(begin, stream), "record");
     run.Launch(stream);
     Require(cudaEventRecord(end, stream), "record");
     Require(cudaEventSynchronize(end), test.name);
     float ms;
     Require(cudaEventElapsedTime(&ms, begin, end), "elapsed");
-    if (i >= 2) times.push_back(ms);
+    if (i >= warm_up) times.push_back(ms);
   }
   std::sort(times.begin(), times.end());
   double flop = 0.0;
@@ -637,6 +649,9 @@ void Bench(uint64_t seed) {
   std::printf("%s, seed %llu\n", properties.name, static_cast<unsigned long long>(seed));
   Time(Same("32 layers x 8 heads", 256, 32768, 400), seed, 15);
   Time(Same("the same, fewer iterations", 256, 32768, 400, 2), seed, 15);
+  Case normal = Same("the same, unclustered data", 256, 32768, 400);
+  normal.data = Data::kNormal;
+  Time(normal, seed, 15);
   Time(Same("32 layers x 8 heads, centred", 256, 32768, 400, 10, true), seed, 15);
   Time(Same("32 layers x 8 heads, fp16", 256, 32768, 400, 10, false, false), seed, 15);
   Time(Same("one layer", 8, 32768, 400), seed, 30);
@@ -652,11 +667,12 @@ void Bench(uint64_t seed) {
 }
 
 int Main(int argc, char** argv) {
-  bool check = false, large = false, bench = false, profile = false;
+  bool check = false, paths = false, large = false, bench = false, profile = false;
   uint64_t seed = 1;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
     check |= arg == "--check";
+    paths |= arg == "--paths";
     large |= arg == "--large";
     bench |= arg == "--bench";
     profile |= arg == "--profile";
@@ -664,9 +680,10 @@ int Main(int argc, char** argv) {
   }
   bool good = true;
   if (check) good &= Check(seed);
+  if (paths) good &= CheckPaths(seed);
   if (large) good &= CheckLarge(seed);
   if (bench) Bench(seed);
-  if (profile) Time(Same("profile", 256, 32768, 400, 2), seed, 0);
+  if (profile) Time(Same("profile", 256, 32768, 400, 4), seed, 1);
   std::printf("%s\n", good ? "all good" : "FAILED");
   return good ? 0 : 1;
 }
