@@ -7,7 +7,7 @@
 //
 // Cosine distance (ClusterKV section III-B; Dhillon and Modha 2001): a key goes to the centroid of
 // greatest inner product, a centroid is the direction of the sum of its unit keys. The matrix of
-// scores is never stored (flash-kmeans, arXiv 2603.09229, section 4). Equal results for equal
+// scores is never stored (FlashAssign of arXiv 2603.09229). Equal results for equal
 // input, seed and device architecture: no sum depends on the order in which blocks run.
 //
 // Scores use the storage dtype for keys (raw) and unit centroids (rounded) with fp32 sums. A key

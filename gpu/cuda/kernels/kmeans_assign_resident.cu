@@ -4,11 +4,14 @@
 //   registers   keys of 64 points a warpgroup, A; those of the next 64 are on their way
 //   registers   scores of 64 centroids (32 and 16 at the end), of each key the best so far
 //
-// A block takes a run of tiles, its three warpgroups each third 64 points. Between copies they wait
-// for nobody: while one takes the maxima of a tile, it and others multiply the next. The position
-// of a score among a lane's 16 of a tile takes the place of its last 4 bits, so that the maximum
+// A block takes a run of tiles, four warpgroups each their quarter of every tile. Between copies
+// they wait for nobody: while some take maxima, others keep the tensor cores busy. The position of
+// a score among a lane's 16 of a tile takes the place of its last 4 bits, so that the maximum
 // carries it along: two instructions a score instead of three; scores within 2^-19 of each other
 // count as equal. Otherwise as kmeans_assign.cu, which assigns all other problems.
+//
+// Measured on an H100 and no faster: maxima of one tile taken while the same warpgroup multiplies
+// the next (three warpgroups then, for the registers).
 //
 // Cost: the keys are read once; centroids once a block. 2 * points * centroids * head_dim
 // operations at the rate of wgmma with A in registers.
@@ -28,13 +31,10 @@
 namespace clusterkv::gpu::cuda::kmeans {
 namespace {
 
-constexpr uint32_t kWarpgroups = 3;  // as many as the registers allow
-constexpr int kThreads = kWarpgroups * 128;
-constexpr uint32_t kMostTilesPerBlock = 64;
+constexpr int kThreads = 512;  // four warpgroups
+constexpr uint32_t kTilesPerBlock = 32;
 
 #if CLUSTERKV_HAS_WGMMA
-
-constexpr uint32_t kGroupRows = 64;  // of a warpgroup at a time
 
 // Centroids, padding included, and their biases into shared memory.
 template <int kDim>
@@ -93,43 +93,27 @@ __device__ void TakeMaxima(const float (&scores)[kCount], uint32_t mask, float& 
   }
 }
 
-// What the scores of a problem are made of.
-struct Centroids {
-  uint32_t matrices;  // shared address
-  const float* biases;
-  uint32_t count;
-  bool has_biases;  // other than 0, padding aside
-};
-
-// Starts the scores of kCentroids centroids from `first` on. A warpgroup calls.
-template <typename T, int kDim, int kCount>
-__device__ void Start(const Keys<kDim, 1>& keys, const Centroids& centroids, uint32_t first,
-                      float (&scores)[kCount]) {
-  constexpr uint32_t kCentroids = kCount * 2;
-  const bool has_biases = centroids.has_biases || first + kCentroids > centroids.count;
-  if (has_biases) {
+// kCentroids centroids from `first` on, all of a warpgroup.
+template <typename T, int kDim, int kCentroids>
+__device__ void Score(const Keys<kDim, 1>& keys, uint32_t matrices, const float* biases,
+                      uint32_t first, uint32_t mask, Leader (&leaders)[2]) {
+  float scores[kCentroids / 2];
 #pragma unroll
-    for (int n = 0; n < static_cast<int>(kCentroids) / 8; ++n) {
-      const float2 bias =
-          *reinterpret_cast<const float2*>(centroids.biases + first + n * 8 + threadIdx.x % 4 * 2);
-      scores[4 * n] = scores[4 * n + 2] = bias.x;
-      scores[4 * n + 1] = scores[4 * n + 3] = bias.y;
-    }
+  for (int n = 0; n < kCentroids / 8; ++n) {
+    const float2 bias =
+        *reinterpret_cast<const float2*>(biases + first + n * 8 + threadIdx.x % 4 * 2);
+    scores[4 * n] = scores[4 * n + 2] = bias.x;
+    scores[4 * n + 1] = scores[4 * n + 3] = bias.y;
   }
-  const uint64_t descriptor = MatrixDescriptor(centroids.matrices + first * (2 * kDim), 16 * kDim);
+  const uint64_t descriptor = MatrixDescriptor(matrices + first * (2 * kDim), 16 * kDim);
   Pin(scores);
   WgmmaFence();
 #pragma unroll
-  for (int step = 0; step < kDim / 16; ++step) {  // two matrices further each
-    Wgmma<T>(scores, keys.a[0][step], descriptor + step * 16, step > 0 || has_biases ? 1 : 0);
+  for (int step = 0; step < kDim / 16; ++step) {
+    Wgmma<T>(scores, keys.a[0][step], descriptor + step * 16, 1);  // two matrices further
   }
   WgmmaCommit();
-}
-
-// Takes the maxima of scores that are complete but for kPending later groups.
-template <int kPending, int kCount>
-__device__ void Take(float (&scores)[kCount], uint32_t first, uint32_t mask, Leader (&leaders)[2]) {
-  WgmmaWait<kPending>();
+  WgmmaWait<0>();
   Pin(scores);
   float low;
   float high;
@@ -138,48 +122,20 @@ __device__ void Take(float (&scores)[kCount], uint32_t first, uint32_t mask, Lea
   leaders[1].Offer(high, first);
 }
 
-// All whole tiles of 64: while the maxima of one are taken, the next is multiplied.
 template <typename T, int kDim>
-__device__ void ScoreWhole(const Keys<kDim, 1>& keys, const Centroids& centroids, uint32_t end,
-                           uint32_t mask, Leader (&leaders)[2]) {
-  float even[32];
-  float odd[32];
-  uint32_t first = 0;
-  Start<T, kDim>(keys, centroids, 0, even);
-  for (; first + 128 < end; first += 128) {
-    Start<T, kDim>(keys, centroids, first + 64, odd);
-    Take<1>(even, first, mask, leaders);
-    Start<T, kDim>(keys, centroids, first + 128, even);
-    Take<1>(odd, first + 64, mask, leaders);
-  }
-  if (first + 64 < end) {
-    Start<T, kDim>(keys, centroids, first + 64, odd);
-    Take<1>(even, first, mask, leaders);
-    Take<0>(odd, first + 64, mask, leaders);
-  } else {
-    Take<0>(even, first, mask, leaders);
-  }
-}
-
-template <typename T, int kDim, int kCentroids>
-__device__ void ScoreRest(const Keys<kDim, 1>& keys, const Centroids& centroids, uint32_t first,
-                          uint32_t mask, Leader (&leaders)[2]) {
-  float scores[kCentroids / 2];
-  Start<T, kDim>(keys, centroids, first, scores);
-  Take<0>(scores, first, mask, leaders);
-}
-
-template <typename T, int kDim>
-__device__ Best<1> BestOf(const Keys<kDim, 1>& keys, const Centroids& centroids, uint32_t mask) {
+__device__ Best<1> BestOf(const Keys<kDim, 1>& keys, uint32_t matrices, const float* biases,
+                          uint32_t clusters, uint32_t mask) {
   Leader leaders[2];
-  const uint32_t padded = ResidentCentroids(centroids.count);
-  uint32_t first = padded / 64 * 64;
-  if (first > 0) ScoreWhole<T, kDim>(keys, centroids, first, mask, leaders);
+  const uint32_t padded = (clusters + 15) / 16 * 16;
+  uint32_t first = 0;
+  for (; first + 64 <= padded; first += 64) {
+    Score<T, kDim, 64>(keys, matrices, biases, first, mask, leaders);
+  }
   if (padded - first >= 32) {
-    ScoreRest<T, kDim, 32>(keys, centroids, first, mask, leaders);
+    Score<T, kDim, 32>(keys, matrices, biases, first, mask, leaders);
     first += 32;
   }
-  if (first < padded) ScoreRest<T, kDim, 16>(keys, centroids, first, mask, leaders);
+  if (first < padded) Score<T, kDim, 16>(keys, matrices, biases, first, mask, leaders);
   Best<1> best;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -196,31 +152,24 @@ __device__ void AssignTiles(const Batch& batch, uint32_t problem_index, uint32_t
   const Problem problem = batch.problems[problem_index];
   float* biases =
       reinterpret_cast<float*>(shared + ResidentCentroids(problem.clusters) * (2 * kDim));
-  const Centroids centroids{SharedAddress(shared), biases, problem.clusters,
-                            batch.means != nullptr};
   __syncthreads();  // nobody reads the last problem's centroids any more
   CopyCentroids<kDim>(batch, problem, shared, biases);
-  // Rows of this warp: 16 of each 64 of its warpgroup, which takes each third 64.
-  const uint32_t warpgroup = threadIdx.x / 128;
-  const uint32_t first_row = (first_tile - problem.first_tile) * TilePoints(kDim);
-  const uint32_t end_row = min(problem.tokens, (end_tile - problem.first_tile) * TilePoints(kDim));
-  const uint32_t warp_row = threadIdx.x % 128 / 32 * 16;
+  const uint32_t warp_row = threadIdx.x / 32 * 16;
+  uint32_t row = (first_tile - problem.first_tile) * TilePoints(kDim) + warp_row;
   Keys<kDim, 1> keys;
-  keys.Load(problem, first_row + warpgroup * kGroupRows + warp_row);
+  keys.Load(problem, row);
   uint32_t mask;
   asm volatile("mov.b32 %0, 0xFFFFFFF0;" : "=r"(mask));
   WaitForCopies<0>();
   FenceForWgmma();
   __syncthreads();
   bool changed = false;
-  for (uint32_t group_row = first_row + warpgroup * kGroupRows; group_row < end_row;
-       group_row += kWarpgroups * kGroupRows) {
-    const uint32_t row = group_row + warp_row;
+  for (uint32_t tile = first_tile; tile < end_tile; ++tile, row += TilePoints(kDim)) {
+    Keys<kDim, 1> next;
+    next.Load(problem, tile + 1 < end_tile ? row + TilePoints(kDim) : row);
+    Best<1> best = BestOf<T, kDim>(keys, SharedAddress(shared), biases, problem.clusters, mask);
     Labels<1> before;
     before.Load(batch, problem, row, first_time);
-    Keys<kDim, 1> next;
-    next.Load(problem, row + kWarpgroups * kGroupRows);
-    Best<1> best = BestOf<T, kDim>(keys, centroids, mask);
     changed |= Store<T>(batch, problem_index, problem, row, first_time, keys, before, best);
     keys = next;
   }
@@ -259,18 +208,17 @@ cudaError_t Launch(const Batch& batch, bool first, cudaStream_t stream) {
       cudaFuncSetAttribute(AssignResidentKernel<T, kDim>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
-  return InRanges(batch.tiles, batch.score_flop, kFlopPerResidentLaunch,
-                  [&](uint32_t begin, uint32_t count) {
-                    // Few blocks, to copy centroids seldom, but whole rounds of one a
-                    // multiprocessor.
-                    const uint32_t rounds =
-                        std::max(1u, count / (batch.multiprocessors * (kMostTilesPerBlock / 2)));
-                    const uint32_t blocks = batch.multiprocessors * rounds;
-                    const uint32_t per_block = (count + blocks - 1) / blocks;
-                    AssignResidentKernel<T, kDim>
-                        <<<(count + per_block - 1) / per_block, kThreads, bytes, stream>>>(
-                            batch, begin, begin + count, per_block, first);
-                  });
+  return InRanges(
+      batch.tiles, batch.score_flop, kFlopPerResidentLaunch, [&](uint32_t begin, uint32_t count) {
+        // Few blocks, to copy centroids seldom, but whole rounds of one a
+        // multiprocessor.
+        const uint32_t rounds = std::max(1u, count / (batch.multiprocessors * kTilesPerBlock));
+        const uint32_t blocks = batch.multiprocessors * rounds;
+        const uint32_t per_block = (count + blocks - 1) / blocks;
+        AssignResidentKernel<T, kDim>
+            <<<(count + per_block - 1) / per_block, kThreads, bytes, stream>>>(
+                batch, begin, begin + count, per_block, first);
+      });
 }
 
 }  // namespace

@@ -6,6 +6,18 @@
 // them, for its racecheck. --large: cases of real size. --bench: times, median of CUDA event pairs.
 // --profile: four iterations of the large case, for a profiler. Nothing but a CUDA runtime is
 // needed; the exit status is the verdict.
+//
+// Medians, head_dim 128, bf16, 10 iterations, one H100 80GB HBM3, CUDA 13.0, --bench --seed 5;
+// flash-kmeans 0.3.1 (cosine; torch 2.11, normal data) on the same card within the same minute:
+//
+//   problems x tokens, k        here      flash-kmeans
+//   256 x 32,768, k = 400    21.4 ms      58.9 ms         402 TFLOP/s here
+//     8 x 32,768, k = 400    1.27 ms      5.75 ms
+//   256 x  8,192, k = 102    3.81 ms      11.7 ms
+//     8 x  8,192, k = 102    0.49 ms      6.25 ms
+//
+// Of the first, by a profiler: an assignment 1.47 ms (two launches), a grouping 0.06 to 0.09, the
+// first update 0.86, the next 0.68 and 0.56, means 1.5 (two launches), seeds 0.17.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
