@@ -42,7 +42,7 @@ absl::Status IngestHelper::Flush(SequenceLink& sequence, const Deadline& deadlin
   const bool settled = settled_.wait_until(lock, deadline.time(), [&] {
     return (lane.queue.empty() && !lane.sending) || lane.refusals != refusals || stop_;
   });
-  if (const absl::Status failure = sequence.failure(); !failure.ok()) return failure;
+  if (absl::Status failure = sequence.failure(); !failure.ok()) return failure;
   if (lane.queue.empty() && !lane.sending) return absl::OkStatus();
   if (stop_) return absl::CancelledError("the client is closed");
   if (settled) return lane.refusal;

@@ -44,7 +44,7 @@ absl::Status CheckRing(const SequenceOptions& options, uint64_t ring_bytes) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Sequence>> SequenceImpl::Register(
-    std::shared_ptr<ClientSession> session, const SequenceOptions& options) {
+    const std::shared_ptr<ClientSession>& session, const SequenceOptions& options) {
   CKV_RETURN_IF_ERROR(session->health());
   CKV_RETURN_IF_ERROR(options.shape.Validate());
   CKV_RETURN_IF_ERROR(options.method.Validate());

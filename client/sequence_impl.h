@@ -21,8 +21,8 @@ namespace clusterkv::client {
 // Thread-compatible, as Sequence. The part below "steps" is for the batches.
 class SequenceImpl final : public Sequence {
  public:
-  static absl::StatusOr<std::unique_ptr<Sequence>> Register(std::shared_ptr<ClientSession> session,
-                                                            const SequenceOptions& options);
+  static absl::StatusOr<std::unique_ptr<Sequence>> Register(
+      const std::shared_ptr<ClientSession>& session, const SequenceOptions& options);
   ~SequenceImpl() override;
 
   uint64_t id() const override { return link_->id(); }

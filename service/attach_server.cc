@@ -113,7 +113,7 @@ class AttachServerImpl : public AttachServer {
   }
 
   // On any thread.
-  void Send(uint64_t peer, clusterkv::v1::AttachEvent event, gpu::UniqueFd fd) {
+  void Send(uint64_t peer, const clusterkv::v1::AttachEvent& event, gpu::UniqueFd fd) {
     auto held = std::make_shared<gpu::UniqueFd>(std::move(fd));
     mailbox_->Post([this, peer, bytes = event.SerializeAsString(), held] {
       if (Peer* found = Find(peer)) Queue(*found, bytes, std::move(*held));
@@ -256,7 +256,7 @@ class AttachServerImpl : public AttachServer {
     }
     peer.state = Peer::State::kAttaching;
     core_.Attach({.token = hello.session_token(), .boot_epoch = hello.boot_epoch()}, who,
-                 MakeSink(peer.id), [this, id = peer.id](absl::StatusOr<SessionId> session) {
+                 MakeSink(peer.id), [this, id = peer.id](const absl::StatusOr<SessionId>& session) {
                    mailbox_->Post([this, id, session] { FinishAttach(id, session); });
                  });
     return true;

@@ -121,8 +121,8 @@ void ServiceCore::Stop() {
 
 void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink,
                               Completion<WelcomeInfo> done) {
-  Call<WelcomeInfo>(std::move(done), [this, hello = std::move(hello),
-                                      sink = std::move(sink)](Completion<WelcomeInfo> reply) {
+  Call<WelcomeInfo>(std::move(done), [this, hello = std::move(hello), sink = std::move(sink)](
+                                         const Completion<WelcomeInfo>& reply) {
     if (absl::Status bad = CheckHello(hello); !bad.ok()) return reply(bad);
     if (draining_) return reply(absl::UnavailableError("the daemon is draining"));
     const auto live = std::ranges::count_if(sessions_, [](auto& s) { return !s.second->over; });
@@ -162,7 +162,7 @@ void ServiceCore::EndSession(SessionId id, absl::Status why) {
 void ServiceCore::Attach(SessionKey key, PeerCredentials peer, std::shared_ptr<AttachSink> sink,
                          Completion<SessionId> done) {
   Call<SessionId>(std::move(done), [this, key = std::move(key), peer,
-                                    sink = std::move(sink)](Completion<SessionId> reply) {
+                                    sink = std::move(sink)](const Completion<SessionId>& reply) {
     auto session = FindSession(key, /*attached=*/false);
     if (!session.ok()) return reply(session.status());
     if ((*session)->was_attached) {

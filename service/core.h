@@ -141,7 +141,7 @@ class ServiceCore {
   void FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled);
 
   // core_ingest.cc
-  void DoIngest(Session& session, const IngestRequest& request, Completion<uint32_t> done);
+  void DoIngest(Session& session, const IngestRequest& request, const Completion<uint32_t>& done);
   absl::Status CheckIngest(const Sequence& sequence, const IngestRequest& request) const;
   struct StageWork;
   absl::Status RunStage(const StageWork& work);
@@ -165,7 +165,7 @@ class ServiceCore {
   absl::Status RunServe(ServeWork& work);
   absl::Status StageServed(const ServeWork& work, const ServeTensors& tensors);
   absl::Status TakeServed(ServeWork& work, size_t index, const gpu::BatchSlot& slot);
-  void FinishServe(std::shared_ptr<ServeWork> work, absl::Status status);
+  void FinishServe(const std::shared_ptr<ServeWork>& work, absl::Status status);
 
   const CoreOptions options_;
   const std::unique_ptr<gpu::Device> device_;

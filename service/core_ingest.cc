@@ -49,10 +49,10 @@ struct ServiceCore::StageWork {
 
 void ServiceCore::IngestTokens(SessionKey key, IngestRequest request, Completion<uint32_t> done) {
   Call<uint32_t>(std::move(done),
-                 [this, key = std::move(key), request](Completion<uint32_t> reply) {
+                 [this, key = std::move(key), request](const Completion<uint32_t>& reply) {
                    auto session = FindSession(key);
                    if (!session.ok()) return reply(session.status());
-                   DoIngest(**session, request, std::move(reply));
+                   DoIngest(**session, request, reply);
                  });
 }
 
@@ -121,7 +121,7 @@ absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
 }
 
 void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
-                           Completion<uint32_t> done) {
+                           const Completion<uint32_t>& done) {
   auto found = FindSequence(session, request.sequence);
   if (!found.ok()) return done(found.status());
   Sequence& sequence = **found;
@@ -336,7 +336,7 @@ void ServiceCore::MaybePublish(Sequence& sequence) {
   sequence.publishing = true;
   ++sequence.in_flight;
   scheduler_->Publish(std::move(args), [this, session = sequence.session.id,
-                                        id = sequence.id](absl::Status status) {
+                                        id = sequence.id](const absl::Status& status) {
     core_.Post([this, session, id, status] { FinishPublish(session, id, status); });
   });
 }

@@ -255,7 +255,8 @@ void ServiceCore::FailWaiters(Sequence& sequence, const absl::Status& why) {
 void ServiceCore::ListSequences(std::optional<SessionKey> key,
                                 Completion<std::vector<SequenceStatus>> done) {
   Call<std::vector<SequenceStatus>>(
-      std::move(done), [this, key = std::move(key)](Completion<std::vector<SequenceStatus>> reply) {
+      std::move(done),
+      [this, key = std::move(key)](const Completion<std::vector<SequenceStatus>>& reply) {
         std::vector<SequenceStatus> list;
         const auto add = [&](const Session& session) {
           for (const auto& [id, sequence] : session.sequences) list.push_back(Describe(*sequence));

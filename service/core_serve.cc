@@ -298,7 +298,7 @@ absl::Status ServiceCore::TakeServed(ServeWork& work, size_t index, const gpu::B
   return absl::OkStatus();
 }
 
-void ServiceCore::FinishServe(std::shared_ptr<ServeWork> work, absl::Status status) {
+void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Status status) {
   std::vector<FetchResult> results;
   std::vector<Sequence*> sequences;
   std::vector<std::string> failures;

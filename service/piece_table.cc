@@ -45,8 +45,8 @@ double PieceTable::ChunksNeeded(const gpu::Shape& shape, const gpu::MethodOption
   const auto chunks = [&](uint32_t length, uint64_t count) {
     const uint64_t extent = ExtentBytes(shape, length);
     const auto per_chunk = static_cast<double>(std::max<uint64_t>(1, chunk_bytes / extent));
-    const auto pieces = static_cast<double>((count + length - 1) / length);
-    return pieces * static_cast<double>(shape.problems()) / per_chunk;
+    const uint64_t pieces = (count + length - 1) / length * shape.problems();
+    return static_cast<double>(pieces) / per_chunk;
   };
   // Pieces are made whole, however few of their tokens come.
   const uint32_t longest = max_tokens - method.sink_tokens;

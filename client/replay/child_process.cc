@@ -44,6 +44,7 @@ std::string ChildEnd::Describe() const {
 absl::StatusOr<ChildProcess> ChildProcess::Start(const ChildOptions& options) {
   std::vector<std::string> arguments = options.arguments;
   std::vector<char*> pointers;
+  pointers.reserve(arguments.size() + 1);
   for (std::string& argument : arguments) pointers.push_back(argument.data());
   pointers.push_back(nullptr);
   const pid_t parent = getpid();

@@ -37,7 +37,7 @@ constexpr size_t kTailBytes = 2000;
 
 // Memory if it has the room (and the backend needs it), else the usual place.
 std::string TemporaryBase(uint64_t bytes) {
-  const std::string memory = "/dev/shm";
+  std::string memory = "/dev/shm";
   struct statvfs room = {};
   if (access(memory.c_str(), W_OK) == 0 && statvfs(memory.c_str(), &room) == 0 &&
       room.f_bavail * room.f_frsize > bytes + bytes / 8) {

@@ -153,7 +153,7 @@ class ServiceRun {
       return batch_->Begin();
     }
     for (const auto& sequence : sequences_) cuts_before_.push_back(sequence->published().cut);
-    const absl::Status status = batch_->Begin();
+    absl::Status status = batch_->Begin();
     if (status.code() != absl::StatusCode::kResourceExhausted) return status;
     // A window is full: the daemon is behind, and once it has caught up the step can begin.
     cuts_before_.clear();

@@ -18,8 +18,9 @@ class CoreCall : public grpc::ServerUnaryReactor {
   template <typename T, typename Fill>
   Completion<T> Complete(Fill fill) {
     return [this, fill](absl::StatusOr<T> result) {
+      const grpc::Status status = ToGrpcStatus(result.status());
       if (result.ok()) fill(*std::move(result));
-      Finish(ToGrpcStatus(result.status()));
+      Finish(status);
     };
   }
   void OnDone() override { delete this; }
