@@ -44,7 +44,9 @@ ServedBatch::ItemLayout::ItemLayout(const gpu::Shape& shape) {
 absl::StatusOr<std::unique_ptr<DecodeBatch>> ServedBatch::Create(
     std::vector<SequenceImpl*> sequences, const BatchOptions& options) {
   std::unique_ptr<ServedBatch> batch(new ServedBatch(std::move(sequences), options));
-  if (batch->item_.bytes * batch->step_.sequences().size() > kMaxInlineBytes) {
+  // Only the device's own stream reaches what lies in its memory.
+  if (batch->item_.bytes * batch->step_.sequences().size() > kMaxInlineBytes ||
+      !batch->session_.device().computes_on_host_memory()) {
     CKV_RETURN_IF_ERROR(batch->OpenArena());
   }
   return batch;

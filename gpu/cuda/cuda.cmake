@@ -14,9 +14,11 @@ add_library(clusterkv_gpu_cuda STATIC
   cuda/kernels/cluster_kernels.cu
   cuda/kernels/fetch.cu
   cuda/kernels/kmeans_assign.cu
+  cuda/kernels/kmeans_assign_resident.cu
   cuda/kernels/kmeans_finish.cu
   cuda/kernels/kmeans_group.cu
   cuda/kernels/kmeans_launch.cu
+  cuda/kernels/kmeans_move.cu
   cuda/kernels/kmeans_prepare.cu
   cuda/kernels/kmeans_update.cu
   cuda/kernels/select.cu

@@ -68,6 +68,7 @@ absl::Status CudaClusterOps::Initialize(Stream& stream, std::byte* state, const 
 absl::Status CudaClusterOps::Stage(Stream& stream, StageArgs args) {
   CKV_RETURN_IF_ERROR(CheckStage(args));
   CKV_RETURN_IF_ERROR(CheckCudaDType(args.dtype));
+  CKV_RETURN_IF_ERROR(CheckReachable(args.range, "the ring range"));
   CKV_ASSIGN_OR_RETURN(CudaStream* const native, NativeStream(stream));
   const ScopedDevice device(native->ordinal());
   CKV_ASSIGN_OR_RETURN(const Temporary destinations, UploadAll(*native, args.destinations));

@@ -20,6 +20,11 @@ absl::Status CheckDTypes(Batch batch) {
   return absl::OkStatus();
 }
 
+absl::Status CheckSource(const KvSource& source) {
+  CKV_RETURN_IF_ERROR(CheckReachable(source.k, "k"));
+  return CheckReachable(source.v, "v");
+}
+
 TokenSource ToLaunch(const KvSource& source) {
   return {.k = source.k,
           .v = source.v,
@@ -51,6 +56,7 @@ absl::Status CudaDecodeOps::WriteTokens(Stream& stream, const WriteTokensArgs& a
   CKV_ASSIGN_OR_RETURN(CudaStream* const native, NativeStream(stream));
   if (args.slot.active == 0) return absl::OkStatus();
   CKV_RETURN_IF_ERROR(CheckCudaDType(args.slot.layout->dtype));
+  if (args.count > 0 && args.layer_count > 0) CKV_RETURN_IF_ERROR(CheckSource(args.source));
   WriteTokensLaunch launch = {};
   launch.slot.state = args.slot.state;
   launch.slot.generation = args.slot.generation;
@@ -83,6 +89,7 @@ absl::Status CudaDecodeOps::BeginStep(Stream& stream, Batch batch) {
 absl::Status CudaDecodeOps::Append(Stream& stream, Batch batch, uint32_t layer,
                                    const KvSource& source) {
   CKV_RETURN_IF_ERROR(CheckAppend(batch, layer, source));
+  CKV_RETURN_IF_ERROR(CheckSource(source));
   return WithBatch(stream, batch, "appending",
                    [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
                      return LaunchAppend(loaded.shape, layer, ToLaunch(source), native.native());
@@ -92,6 +99,7 @@ absl::Status CudaDecodeOps::Append(Stream& stream, Batch batch, uint32_t layer,
 absl::Status CudaDecodeOps::Select(Stream& stream, Batch batch, uint32_t layer,
                                    const QuerySource& queries, uint32_t budget_tokens) {
   CKV_RETURN_IF_ERROR(CheckSelect(batch, layer, queries, budget_tokens));
+  CKV_RETURN_IF_ERROR(CheckReachable(queries.q, "q"));
   return WithBatch(stream, batch, "selecting",
                    [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
                      return LaunchSelect(loaded.shape, layer, ToLaunch(queries), budget_tokens,
@@ -110,6 +118,9 @@ absl::Status CudaDecodeOps::Fetch(Stream& stream, Batch batch, uint32_t layer) {
 absl::Status CudaDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
                                    const QuerySource& queries, const AttentionTarget& target) {
   CKV_RETURN_IF_ERROR(CheckAttend(batch, layer, queries, target));
+  CKV_RETURN_IF_ERROR(CheckReachable(queries.q, "q"));
+  CKV_RETURN_IF_ERROR(CheckReachable(target.out, "out"));
+  if (target.lse != nullptr) CKV_RETURN_IF_ERROR(CheckReachable(target.lse, "lse"));
   const OutputLaunch output = {.out = target.out,
                                .batch_stride = target.batch_stride,
                                .head_stride = target.head_stride,

@@ -101,7 +101,10 @@ class VirtualMemory final : public DeviceMemory {
                               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
         absl::StrCat("import of ", bytes_, " bytes"));
     created_ = true;
-    return Map();  // fails if the allocation is shorter
+    const absl::Status mapped = Map();
+    if (!absl::IsInternal(mapped)) return mapped;
+    return absl::InvalidArgumentError(
+        absl::StrCat("what was imported is shorter than ", bytes_, " bytes: ", mapped.message()));
   }
 
   std::byte* data() const override { return reinterpret_cast<std::byte*>(address_); }

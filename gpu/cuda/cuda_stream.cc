@@ -280,4 +280,14 @@ absl::Status CheckCudaDType(DType dtype) {
   return absl::InvalidArgumentError("dtype is fp32; the cuda backend takes bf16 and fp16");
 }
 
+absl::Status CheckReachable(const void* data, const char* what) {
+  cudaPointerAttributes attributes = {};
+  CKV_RETURN_IF_CUDA_ERROR(cudaPointerGetAttributes(&attributes, data), what);
+  if (attributes.type != cudaMemoryTypeUnregistered) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(what,
+                   " lies in memory that the device does not reach: neither its own nor "
+                   "pinned on the host"));
+}
+
 }  // namespace clusterkv::gpu::cuda

@@ -77,5 +77,7 @@ class CudaStream final : public Stream {
 // What the operations check of their arguments. Errors: INVALID_ARGUMENT.
 absl::StatusOr<CudaStream*> NativeStream(Stream& stream);
 absl::Status CheckCudaDType(DType dtype);  // bf16 or fp16
+// A kernel that follows a pointer into pageable memory kills the context for all that share it.
+absl::Status CheckReachable(const void* data, const char* what);
 
 }  // namespace clusterkv::gpu::cuda
