@@ -44,7 +44,7 @@ struct BatchTable {
   DeviceSlot slots[kMaxBatch];
 };
 
-// What a kernel found wrong: kept in pinned memory, first come first kept; Synchronize reports it.
+// What a kernel found wrong: kept in pinned memory, one of the first is kept; Synchronize reports it.
 enum class KernelFault : uint32_t {
   kNone = 0,
   kDamagedState = 1,     // an index in the state leads outside it

@@ -131,9 +131,14 @@ __device__ inline const DeviceSlot* ActiveSlot(const BatchTable* table, uint32_t
   return slot.active != 0 && slot.state != nullptr ? &slot : nullptr;
 }
 
-// Keeps the first fault. `fault` lies in pinned host memory.
+// Keeps one of the first faults. `fault` lies in pinned host memory, where PCIe has no atomics: of
+// two threads that report at once either's kind and value may stay.
 __device__ inline void Report(uint32_t* fault, KernelFault kind, uint32_t value) {
-  if (atomicCAS_system(fault, 0u, static_cast<uint32_t>(kind)) == 0) fault[1] = value;
+  auto* const words = static_cast<volatile uint32_t*>(fault);
+  if (words[0] != 0) return;
+  words[1] = value;
+  __threadfence_system();
+  words[0] = static_cast<uint32_t>(kind);
 }
 
 }  // namespace clusterkv::gpu::cuda
