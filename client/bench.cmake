@@ -6,12 +6,15 @@ add_library(clusterkv_bench STATIC
   ${BENCH_DIR}/ceiling_bench.cc
   ${BENCH_DIR}/ceilings.cc
   ${BENCH_DIR}/cluster_bench.cc
+  ${BENCH_DIR}/decode_bench.cc
   ${BENCH_DIR}/fma_peak.cc
   ${BENCH_DIR}/forced_misses.cc
   ${BENCH_DIR}/gather_bench.cc
   ${BENCH_DIR}/host_backend.cc
   ${BENCH_DIR}/key_model.cc
   ${BENCH_DIR}/layer_bench.cc
+  ${BENCH_DIR}/layer_work.cc
+  ${BENCH_DIR}/full_kv_state.cc
   ${BENCH_DIR}/options.cc
   ${BENCH_DIR}/pinned_region.cc
   ${BENCH_DIR}/published_context.cc
@@ -27,7 +30,8 @@ if(CLUSTERKV_CUDA)
   target_sources(clusterkv_bench PRIVATE
     ${BENCH_DIR}/cublas.cc
     ${BENCH_DIR}/cuda_backend.cc
-    ${BENCH_DIR}/cuda_graph.cc)
+    ${BENCH_DIR}/cuda_graph.cc
+    ${BENCH_DIR}/cuda_model.cc)
   add_library(clusterkv_bench_kernels STATIC
     ${BENCH_DIR}/cache_kernels.cu
     ${BENCH_DIR}/model_kernels.cu)

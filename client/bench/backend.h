@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/bench/cache_edits.h"
+#include "client/bench/model.h"
 #include "gpu/device.h"
 
 namespace clusterkv::client::bench {
@@ -43,6 +44,9 @@ class Backend {
   // Multiplications and additions a second, of large matrix products (cuda) or of fused
   // multiply-adds on all cores (host). UNAVAILABLE: what measures it is not on this machine.
   virtual absl::StatusOr<double> MeasureFlops() = 0;
+  // Errors: UNAVAILABLE where nothing here can run one.
+  virtual absl::StatusOr<std::unique_ptr<Model>> CreateModel(const ModelSize& size,
+                                                             uint32_t max_batch) = 0;
 };
 
 // For gpu::DeviceOptions::backend. Errors: those of gpu::CreateDevice.

@@ -11,13 +11,14 @@ namespace {
 
 constexpr uint32_t kGeneration = 1;
 constexpr uint32_t kStepTokens = 8;  // room beyond the context
+constexpr size_t kSpareBytes = size_t{2} << 30;
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<BatchState>> BatchState::Create(Backend& backend,
                                                                const PublishedContext& context,
                                                                uint32_t budget_tokens,
-                                                               uint32_t sequences) {
+                                                               uint32_t sequences, Fit fit) {
   const ContextOptions& options = context.options();
   gpu::MethodOptions method = options.method;
   method.budget_tokens = budget_tokens;
@@ -25,11 +26,12 @@ absl::StatusOr<std::unique_ptr<BatchState>> BatchState::Create(Backend& backend,
                        gpu::StateLayout::Create(options.shape, method.Resolved(options.shape),
                                                 options.tokens + kStepTokens));
   std::unique_ptr<BatchState> state(new BatchState(backend, context, layout));
-  CKV_RETURN_IF_ERROR(state->Prepare(sequences));
+  CKV_RETURN_IF_ERROR(state->Prepare(sequences, fit));
   return state;
 }
 
-absl::Status BatchState::Prepare(uint32_t sequences) {
+absl::Status BatchState::Prepare(uint32_t sequences, Fit fit) {
+  capacity_ = sequences;
   const ContextOptions& options = context_.options();
   const gpu::Shape& shape = options.shape;
   gpu::Device& device = backend_.device();
@@ -74,8 +76,14 @@ absl::Status BatchState::Prepare(uint32_t sequences) {
       stream.CopyAsync(queries_->data(), staged_queries->data(), queries_->bytes()));
   CKV_RETURN_IF_ERROR(stream.CopyAsync(tokens_->data(), staged_tokens->data(), tokens_->bytes()));
   CKV_RETURN_IF_ERROR(stream.Synchronize());
+  // Room for what measuring takes beside the states: scratch, edits, events.
+  std::unique_ptr<gpu::DeviceMemory> spare;
+  if (fit == Fit::kAsManyAsFit) {
+    CKV_ASSIGN_OR_RETURN(spare, device.Allocate(kSpareBytes));
+  }
   for (uint32_t i = 0; i < sequences; ++i) {
     const absl::Status status = AddSequence(i);
+    if (absl::IsResourceExhausted(status) && fit == Fit::kAsManyAsFit && i > 0) break;
     if (!status.ok()) {
       return absl::Status(status.code(),
                           absl::StrCat("sequence ", i, " of ", sequences, ", ", layout_.total_bytes,
@@ -126,7 +134,7 @@ gpu::WriteTokensArgs BatchState::WriteArgs(uint32_t index, uint32_t position, ui
 gpu::QuerySource BatchState::queries(uint32_t layer) const {
   const size_t head_bytes = layout_.head_dim * gpu::SizeOf(layout_.dtype);
   const size_t sequence_bytes = size_t{layout_.kv_heads} * layout_.group_size * head_bytes;
-  return {.q = queries_->data() + layer * slots_.size() * sequence_bytes,
+  return {.q = queries_->data() + size_t{layer} * capacity_ * sequence_bytes,
           .batch_stride = sequence_bytes,
           .head_stride = head_bytes};
 }
@@ -145,11 +153,11 @@ gpu::AttentionTarget BatchState::target() const {
   return {.out = out,
           .batch_stride = q_heads * layout_.head_dim,
           .head_stride = layout_.head_dim,
-          .lse = out + slots_.size() * q_heads * layout_.head_dim,
+          .lse = out + capacity_ * q_heads * layout_.head_dim,
           .lse_batch_stride = q_heads};
 }
 
-absl::Status BatchState::Begin(uint32_t sequences) const {
+absl::Status BatchState::Rewind(uint32_t sequences) const {
   gpu::DecodeOps& ops = backend_.device().decode_ops();
   const uint32_t tokens = context_.options().tokens;
   const std::byte* const last =
@@ -159,7 +167,12 @@ absl::Status BatchState::Begin(uint32_t sequences) const {
     args.source.head_stride = (tokens - context_.cut()) * layout_.row_bytes();
     CKV_RETURN_IF_ERROR(ops.WriteTokens(backend_.stream(), args));
   }
-  return ops.BeginStep(backend_.stream(), slots(sequences));
+  return absl::OkStatus();
+}
+
+absl::Status BatchState::Begin(uint32_t sequences) const {
+  CKV_RETURN_IF_ERROR(Rewind(sequences));
+  return backend_.device().decode_ops().BeginStep(backend_.stream(), slots(sequences));
 }
 
 absl::StatusOr<Selections> BatchState::SelectAll(uint32_t sequences) const {

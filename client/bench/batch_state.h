@@ -19,16 +19,21 @@ using Selections = std::vector<std::vector<uint32_t>>;
 
 class BatchState {
  public:
+  enum class Fit { kAll, kAsManyAsFit };
+
   // At most `budget_tokens` a step. The context must outlive it.
-  // Errors: RESOURCE_EXHAUSTED if the device's memory does not hold them.
+  // Errors: RESOURCE_EXHAUSTED if the device's memory does not hold them, or with kAsManyAsFit
+  // not even one.
   static absl::StatusOr<std::unique_ptr<BatchState>> Create(Backend& backend,
                                                             const PublishedContext& context,
                                                             uint32_t budget_tokens,
-                                                            uint32_t sequences);
+                                                            uint32_t sequences,
+                                                            Fit fit = Fit::kAll);
 
   const gpu::StateLayout& layout() const { return layout_; }
   const PublishedContext& context() const { return context_; }
   uint32_t budget_tokens() const { return layout_.budget_tokens; }
+  uint32_t sequences() const { return static_cast<uint32_t>(slots_.size()); }
   // The first `sequences` of them.
   gpu::Batch slots(uint32_t sequences) const { return gpu::Batch(slots_).subspan(0, sequences); }
 
@@ -36,7 +41,9 @@ class BatchState {
   gpu::KvSource tokens() const;  // of every layer
   gpu::AttentionTarget target() const;
 
-  // Back to the context's length, then a step begins.
+  // Back to the context's length.
+  absl::Status Rewind(uint32_t sequences) const;
+  // Rewinds, and a step begins.
   absl::Status Begin(uint32_t sequences) const;
   // What every layer selects for its queries. Enqueues, waits, copies back.
   absl::StatusOr<Selections> SelectAll(uint32_t sequences) const;
@@ -52,7 +59,7 @@ class BatchState {
  private:
   BatchState(Backend& backend, const PublishedContext& context, const gpu::StateLayout& layout)
       : backend_(backend), context_(context), layout_(layout) {}
-  absl::Status Prepare(uint32_t sequences);
+  absl::Status Prepare(uint32_t sequences, Fit fit);
   absl::Status AddSequence(uint32_t index);
   gpu::WriteTokensArgs WriteArgs(uint32_t index, uint32_t position, uint32_t count,
                                  const std::byte* rows) const;
@@ -63,6 +70,7 @@ class BatchState {
   std::unique_ptr<gpu::DeviceMemory> chunks_;          // pinned: one address
   std::unique_ptr<gpu::DeviceMemory> sinks_, window_;  // pinned rows [kv_heads][tokens]
   std::unique_ptr<gpu::DeviceMemory> queries_, tokens_, outputs_;
+  uint32_t capacity_ = 0;  // sequences that these have room for
   std::vector<std::unique_ptr<gpu::DeviceMemory>> states_;
   std::vector<gpu::BatchSlot> slots_;
 };

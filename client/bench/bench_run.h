@@ -35,5 +35,6 @@ absl::Status MeasureKmeans(const BenchRun& run);
 absl::Status MeasurePermute(const BenchRun& run);
 // select, fetch, attend, step.
 absl::Status MeasureLayers(const BenchRun& run);
+absl::Status MeasureDecode(const BenchRun& run);
 
 }  // namespace clusterkv::client::bench

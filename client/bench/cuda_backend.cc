@@ -9,6 +9,7 @@
 #include "client/bench/cache_kernels.h"
 #include "client/bench/cublas.h"
 #include "client/bench/cuda_graph.h"
+#include "client/bench/cuda_model.h"
 #include "client/bench/model_kernels.h"
 #include "gpu/cuda/cuda_error.h"
 #include "gpu/status_macros.h"
@@ -171,6 +172,11 @@ absl::StatusOr<double> CudaBackend::MeasureFlops() {
   CKV_ASSIGN_OR_RETURN(const std::vector<double> samples, Time(timing));
   const double best = *std::ranges::min_element(samples);
   return 2.0 * kSide * kSide * kSide / best * 1e6;
+}
+
+absl::StatusOr<std::unique_ptr<Model>> CudaBackend::CreateModel(const ModelSize& size,
+                                                                uint32_t max_batch) {
+  return CudaModel::Create(*device_, native_, size, max_batch);
 }
 
 }  // namespace clusterkv::client::bench

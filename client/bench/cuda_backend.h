@@ -25,6 +25,8 @@ class CudaBackend final : public Backend {
   absl::Status Copy(std::byte* to, const std::byte* from, size_t bytes) override;
   absl::StatusOr<std::unique_ptr<CacheEditor>> MakeEditor(const CacheEdits& edits) override;
   absl::StatusOr<double> MeasureFlops() override;
+  absl::StatusOr<std::unique_ptr<Model>> CreateModel(const ModelSize& size,
+                                                     uint32_t max_batch) override;
 
  private:
   explicit CudaBackend(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}

@@ -121,4 +121,9 @@ absl::StatusOr<double> HostBackend::MeasureFlops() {
   return best;
 }
 
+absl::StatusOr<std::unique_ptr<Model>> HostBackend::CreateModel(const ModelSize& /*size*/,
+                                                                uint32_t /*max_batch*/) {
+  return absl::UnavailableError("decode needs the cuda backend");
+}
+
 }  // namespace clusterkv::client::bench

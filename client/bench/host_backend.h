@@ -22,6 +22,8 @@ class HostBackend final : public Backend {
   absl::Status Copy(std::byte* to, const std::byte* from, size_t bytes) override;
   absl::StatusOr<std::unique_ptr<CacheEditor>> MakeEditor(const CacheEdits& edits) override;
   absl::StatusOr<double> MeasureFlops() override;
+  absl::StatusOr<std::unique_ptr<Model>> CreateModel(const ModelSize& size,
+                                                     uint32_t max_batch) override;
 
  private:
   HostBackend(std::unique_ptr<gpu::Device> device, std::unique_ptr<gpu::Stream> stream);

@@ -12,6 +12,7 @@
 #include "client/bench/batch_state.h"
 #include "client/bench/bench_run.h"
 #include "client/bench/forced_misses.h"
+#include "client/bench/layer_work.h"
 #include "client/bench/published_context.h"
 #include "gpu/dtype.h"
 #include "gpu/status_macros.h"
@@ -26,15 +27,6 @@ struct MissTime {
   double median = 0.0;
 };
 
-// Per layer and for the whole batch, what one forced pattern of misses comes to.
-struct Traffic {
-  double selected_clusters = 0.0;
-  double selected_tokens = 0.0;  // in the slot table
-  double missed_tokens = 0.0;    // whole clusters
-  double missed_share = 0.0;
-  double gathered_bytes = 0.0;
-};
-
 class LayerBench {
  public:
   LayerBench(const BenchRun& run, const BatchState& state, uint32_t batch)
@@ -42,6 +34,7 @@ class LayerBench {
         state_(state),
         layout_(state.layout()),
         batch_(batch),
+        work_(state, batch),
         ops_(run.backend.device().decode_ops()) {}
 
   absl::Status Run() {
@@ -117,73 +110,7 @@ class LayerBench {
       CKV_RETURN_IF_ERROR(layer_work(layer));
     }
     CKV_ASSIGN_OR_RETURN(const gpu::LayerCounters after, state_.ReadCounters(batch_));
-    const auto layers = static_cast<double>(layout_.layers);
-    const auto missed = static_cast<double>(after.missed_clusters - before.missed_clusters);
-    const auto hit = static_cast<double>(after.hit_clusters - before.hit_clusters);
-    Traffic traffic;
-    traffic.selected_clusters = (missed + hit) / layers;
-    traffic.missed_share = missed + hit > 0.0 ? missed / (missed + hit) : 0.0;
-    traffic.missed_tokens =
-        static_cast<double>(after.missed_tokens - before.missed_tokens) / layers;
-    traffic.gathered_bytes =
-        static_cast<double>(after.gathered_bytes - before.gathered_bytes) / layers;
-    const uint32_t candidates = state_.context().cut() - layout_.sink_tokens;
-    traffic.selected_tokens = items() * std::min(state_.budget_tokens(), candidates);
-    return traffic;
-  }
-
-  double items() const { return static_cast<double>(batch_) * layout_.kv_heads; }
-  double q_items() const { return items() * layout_.group_size; }
-  double element() const { return static_cast<double>(gpu::SizeOf(layout_.dtype)); }
-  double head_dim() const { return layout_.head_dim; }
-  double row_bytes() const { return static_cast<double>(layout_.row_bytes()); }
-  double clusters() const {  // of all KV heads and sequences
-    double sum = 0.0;
-    for (uint32_t head = 0; head < layout_.kv_heads; ++head) {
-      sum += static_cast<double>(state_.context().cluster_tokens(head).size());
-    }
-    return sum * batch_;
-  }
-
-  // Every visible centroid and the 16-byte entry of its cluster once, the queries once, an 8-byte
-  // list entry of each cluster chosen; a product of head_dim for each query head and centroid.
-  Work SelectWork() const {
-    double chosen = 0.0;
-    for (const std::vector<uint32_t>& list : selections_) {
-      chosen += static_cast<double>(list.size());
-    }
-    chosen /= layout_.layers;
-    return {.device_bytes = clusters() * (head_dim() * element() + sizeof(gpu::ClusterEntry)) +
-                            q_items() * head_dim() * element() + 8.0 * chosen,
-            .flops = 2.0 * layout_.group_size * clusters() * head_dim()};
-  }
-
-  // Of each selected cluster its list entry (8), its table entry (16) and its clock, read and
-  // written (8); of each attended token its slot, read and written (8); of each missed token its
-  // row, written, its slot, taken and written (8), and its row over the bus.
-  Work FetchWork(const Traffic& traffic) const {
-    return {.device_bytes = 32.0 * traffic.selected_clusters + 8.0 * traffic.selected_tokens +
-                            (row_bytes() + 8.0) * traffic.missed_tokens,
-            .to_device_bytes = traffic.gathered_bytes};
-  }
-
-  // Every attended row and slot-table entry once, queries, fp32 outputs and log-sum-exps; a product
-  // with K and one with V for each query head and row.
-  Work AttendWork() const {
-    const double rows = state_.attended_rows();
-    const double slots_read = items() * std::min<double>(rows, state_.budget_tokens());
-    return {.device_bytes = items() * rows * row_bytes() + 4.0 * slots_read +
-                            q_items() * (head_dim() * (element() + 4.0) + 4.0),
-            .flops = 4.0 * q_items() * rows * head_dim()};
-  }
-
-  // The three, and the new token's row, read and written.
-  Work StepWork(const Traffic& traffic) const {
-    const Work select = SelectWork(), fetch = FetchWork(traffic), attend = AttendWork();
-    return {.device_bytes = select.device_bytes + fetch.device_bytes + attend.device_bytes +
-                            2.0 * items() * row_bytes(),
-            .to_device_bytes = fetch.to_device_bytes,
-            .flops = select.flops + attend.flops};
+    return work_.Between(before, after);
   }
 
   Json Shape() const {
@@ -191,7 +118,7 @@ class LayerBench {
             {"batch", batch_},
             {"budget", state_.budget_tokens()},
             {"window", state_.window_rows()},
-            {"clusters_per_head", clusters() / items()},
+            {"clusters_per_head", work_.clusters() / work_.items()},
             {"layers", layout_.layers},
             {"kv_heads", layout_.kv_heads},
             {"q_heads", layout_.kv_heads * layout_.group_size},
@@ -208,7 +135,11 @@ class LayerBench {
   absl::Status MeasureSelect() {
     CKV_ASSIGN_OR_RETURN(std::vector<double> samples,
                          TimeLayers([&](uint32_t layer) { return Select(layer); }, nullptr));
-    run_.AddRow("select", Shape(), std::move(samples), SelectWork());
+    Traffic traffic;
+    for (const std::vector<uint32_t>& list : selections_) {
+      traffic.selected_clusters += static_cast<double>(list.size()) / layout_.layers;
+    }
+    run_.AddRow("select", Shape(), std::move(samples), work_.Select(traffic));
     return absl::OkStatus();
   }
 
@@ -217,7 +148,7 @@ class LayerBench {
     CKV_RETURN_IF_ERROR(Fetch(0));
     CKV_ASSIGN_OR_RETURN(std::vector<double> samples,
                          TimeLayers([&](uint32_t layer) { return Attend(layer); }, nullptr));
-    run_.AddRow("attend", Shape(), std::move(samples), AttendWork());
+    run_.AddRow("attend", Shape(), std::move(samples), work_.Attend());
     return absl::OkStatus();
   }
 
@@ -235,8 +166,8 @@ class LayerBench {
       CKV_ASSIGN_OR_RETURN(const Traffic traffic, Count(work, editor.get()));
       fetch_times_.push_back({percent, Summarize(samples).median});
       if (!run_.options.Has("fetch") || !Wanted(percent)) continue;
-      run_.AddRow("fetch", Shape(percent), std::move(samples), FetchWork(traffic),
-                  {{"missed_clusters_share", traffic.missed_share},
+      run_.AddRow("fetch", Shape(percent), std::move(samples), work_.Fetch(traffic),
+                  {{"missed_clusters_share", traffic.missed_share()},
                    {"gathered_bytes", static_cast<uint64_t>(traffic.gathered_bytes)}});
     }
     return absl::OkStatus();
@@ -252,7 +183,7 @@ class LayerBench {
       const double median = Summarize(samples).median;
       if (percent == 0) all_hits = median;
       if (!Wanted(percent)) continue;
-      Json extra = {{"missed_clusters_share", traffic.missed_share},
+      Json extra = {{"missed_clusters_share", traffic.missed_share()},
                     {"gathered_bytes", static_cast<uint64_t>(traffic.gathered_bytes)}};
       if (percent > 0) {
         // What the misses cost by themselves, and how much of that the step does not show.
@@ -261,7 +192,8 @@ class LayerBench {
         extra["gather_alone_us"] = alone;
         extra["gather_hidden_share"] = alone > 0.0 ? 1.0 - (median - all_hits) / alone : 0.0;
       }
-      run_.AddRow("step", Shape(percent), std::move(samples), StepWork(traffic), std::move(extra));
+      run_.AddRow("step", Shape(percent), std::move(samples), work_.Step(traffic),
+                  std::move(extra));
     }
     return absl::OkStatus();
   }
@@ -291,6 +223,7 @@ class LayerBench {
   const BatchState& state_;
   const gpu::StateLayout& layout_;
   const uint32_t batch_;
+  const LayerWork work_;
   gpu::DecodeOps& ops_;
   Selections selections_;
   std::vector<MissTime> fetch_times_;

@@ -26,7 +26,7 @@ constexpr uint64_t kLeastStoreBytes = 16ull << 20;
 struct RawOptions {
   std::string operations = absl::StrJoin(OperationNames(), ",");
   std::string contexts = "8k,32k,128k", batches = "1,4,16", budgets = "1024,2048";
-  std::string misses = "0,5,10,20", kmeans;
+  std::string misses = "0,5,10,20", decode_misses = "5,10,20,40", kmeans;
   std::string layers = "32", kv_heads = "8", q_heads = "32", head_dim = "128", dtype = "bf16";
   std::string host_memory = "96gb", store_memory = "8gb";
   std::string repeats = "100", seed = "0", format = "text";
@@ -177,6 +177,8 @@ absl::Status ParseLists(const RawOptions& raw, BenchOptions& options) {
   CKV_ASSIGN_OR_RETURN(options.budgets,
                        ParseList("--budgets", raw.budgets, 1, kMaxBudget, TokenUnits()));
   CKV_ASSIGN_OR_RETURN(options.misses, ParseList("--misses", raw.misses, 0, 100));
+  CKV_ASSIGN_OR_RETURN(options.decode_misses,
+                       ParseList("--decode-misses", raw.decode_misses, 0, 100));
   return absl::OkStatus();
 }
 
@@ -188,6 +190,8 @@ void Declare(CLI::App& app, BenchOptions& options, RawOptions& raw) {
   app.add_option("--budgets", raw.budgets, "clustered tokens attended per KV head and step")
       ->capture_default_str();
   app.add_option("--misses", raw.misses, "percent of the selected clusters that are not cached")
+      ->capture_default_str();
+  app.add_option("--decode-misses", raw.decode_misses, "the same, of decode")
       ->capture_default_str();
   app.add_option("--kmeans", raw.kmeans, "PROBLEMSxTOKENSxCLUSTERS, instead of the usual sizes");
   app.add_option("--layers", raw.layers)->capture_default_str();

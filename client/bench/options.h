@@ -30,6 +30,7 @@ struct BenchOptions {
   std::vector<uint32_t> batches;        // sequences
   std::vector<uint32_t> budgets;        // tokens
   std::vector<uint32_t> misses;         // percent of the selected clusters
+  std::vector<uint32_t> decode_misses;  // the same, of decode
   std::vector<KmeansSize> kmeans;       // empty: the backend's own
   gpu::Shape shape;
   std::string preset;

@@ -25,6 +25,7 @@ TEST(BenchOptions, HaveDefaults) {
   EXPECT_THAT(options.batches, ElementsAre(1, 4, 16));
   EXPECT_THAT(options.budgets, ElementsAre(1024, 2048));
   EXPECT_THAT(options.misses, ElementsAre(0, 5, 10, 20));
+  EXPECT_THAT(options.decode_misses, ElementsAre(5, 10, 20, 40));
   EXPECT_TRUE(options.kmeans.empty());
   EXPECT_EQ(options.shape, (gpu::Shape{.layers = 32,
                                        .kv_heads = 8,
@@ -103,6 +104,7 @@ TEST(BenchOptions, NameTheBadOptionAndWhatIsAllowed) {
       {{"--batches", "1,"}, {"--batches", "1 to 512"}},
       {{"--budgets", "-1"}, {"--budgets", "1 to"}},
       {{"--misses", "101"}, {"--misses", "0 to 100"}},
+      {{"--decode-misses", "many"}, {"--decode-misses", "0 to 100"}},
       {{"--kmeans", "8x8192"}, {"--kmeans", "PROBLEMSxTOKENSxCLUSTERS"}},
       {{"--kmeans", "8x100x101"}, {"--kmeans", "1 to 100"}},
       {{"--layers", "0"}, {"--layers", "1 to"}},
