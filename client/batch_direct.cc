@@ -10,6 +10,9 @@ namespace clusterkv::client {
 
 absl::StatusOr<std::unique_ptr<DecodeBatch>> DirectBatch::Create(
     std::vector<SequenceImpl*> sequences, const BatchOptions& options) {
+  if (options.captured && options.stream == nullptr) {
+    return absl::InvalidArgumentError("a captured batch needs the caller's stream");
+  }
   gpu::Device& device = sequences.front()->session().device();
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<gpu::Stream> stream,
                        options.stream != nullptr ? device.WrapStream(options.stream)
@@ -35,19 +38,51 @@ DirectBatch::~DirectBatch() {
   stream_->Synchronize().IgnoreError();
 }
 
-absl::Status DirectBatch::Begin(uint32_t budget_tokens) {
+absl::Status DirectBatch::Open(uint32_t budget_tokens) {
   CKV_RETURN_IF_ERROR(step_.CheckBegin(budget_tokens));
   for (SequenceImpl* const sequence : step_.sequences()) {
     CKV_RETURN_IF_ERROR(sequence->ReserveTail());
   }
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i] = step_.sequences()[i]->slot();
-  CKV_RETURN_IF_ERROR(ops().BeginStep(*stream_, slots_));
+  CKV_RETURN_IF_ERROR(ops().LoadBatch(*stream_, slots_));
   step_.Open(budget_tokens);
   return absl::OkStatus();
 }
 
+absl::Status DirectBatch::CheckCaptured() const {
+  if (options_.captured) return absl::OkStatus();
+  return absl::FailedPreconditionError("the batch was made without BatchOptions::captured");
+}
+
+absl::Status DirectBatch::Prepare(uint32_t budget_tokens) {
+  CKV_RETURN_IF_ERROR(CheckCaptured());
+  CKV_RETURN_IF_ERROR(Open(budget_tokens));
+  if (captured_budget_ == 0 || captured_budget_ == step_.budget_tokens()) return absl::OkStatus();
+  const absl::Status differs = absl::FailedPreconditionError(absl::StrCat(
+      "budget_tokens is ", step_.budget_tokens(), "; the captured step's is ", captured_budget_));
+  step_.Withdraw();
+  return differs;
+}
+
+absl::Status DirectBatch::Begin(uint32_t budget_tokens) {
+  if (!options_.captured) {
+    CKV_RETURN_IF_ERROR(Open(budget_tokens));
+  } else if (!step_.open() || begun_ || captured_budget_ != 0) {
+    return absl::FailedPreconditionError("a captured step begins once, after its first Prepare");
+  } else if (budget_tokens != 0 && budget_tokens != step_.budget_tokens()) {
+    return absl::InvalidArgumentError(absl::StrCat("budget_tokens is ", budget_tokens,
+                                                   ", but the step was prepared for ",
+                                                   step_.budget_tokens()));
+  }
+  const absl::Status begun = ops().BeginStep(*stream_, slots_);
+  if (!begun.ok() && !options_.captured) step_.Withdraw();
+  begun_ = begun.ok();
+  return begun;
+}
+
 absl::Status DirectBatch::Append(uint32_t layer, const gpu::KvSource& source) {
   CKV_RETURN_IF_ERROR(step_.CheckAppend(layer, source));
+  if (!begun_) return absl::FailedPreconditionError("the step has not begun");
   CKV_RETURN_IF_ERROR(ops().Append(*stream_, slots_, layer, source));
   step_.Appended();
   return absl::OkStatus();
@@ -79,10 +114,25 @@ absl::StatusOr<std::vector<int32_t>> DirectBatch::Selection(size_t index) {
 
 absl::Status DirectBatch::End() {
   CKV_RETURN_IF_ERROR(step_.CheckEnd());
-  absl::Status status = ops().EndStep(*stream_, slots_, errors_);
+  const absl::Status status = ops().EndStep(*stream_, slots_, errors_);
+  if (!options_.captured) return Close(status);
+  if (status.ok()) captured_budget_ = step_.budget_tokens();
+  return status;
+}
+
+absl::Status DirectBatch::Complete() {
+  CKV_RETURN_IF_ERROR(CheckCaptured());
+  if (captured_budget_ == 0) return absl::FailedPreconditionError("no step has been captured");
+  if (!step_.open()) return absl::FailedPreconditionError("no step is prepared");
+  return Close(absl::OkStatus());
+}
+
+// Waits for the step, whatever `status` its end was enqueued with.
+absl::Status DirectBatch::Close(absl::Status status) {
   const absl::Status passed = stream_->Synchronize();
   if (status.ok()) status = passed;
   if (status.ok()) status = StepErrors();
+  begun_ = false;
   if (!status.ok()) {
     step_.Abandon(status);
     return status;

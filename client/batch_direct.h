@@ -21,6 +21,8 @@ class DirectBatch final : public DecodeBatch {
                                                              const BatchOptions& options);
   ~DirectBatch() override;
 
+  absl::Status Prepare(uint32_t budget_tokens) override;
+  absl::Status Complete() override;
   absl::Status Begin(uint32_t budget_tokens) override;
   absl::Status Append(uint32_t layer, const gpu::KvSource& source) override;
   absl::Status Attend(uint32_t layer, const gpu::QuerySource& queries,
@@ -32,6 +34,9 @@ class DirectBatch final : public DecodeBatch {
   DirectBatch(std::vector<SequenceImpl*> sequences, const BatchOptions& options,
               std::unique_ptr<gpu::Stream> stream, std::unique_ptr<gpu::DeviceMemory> errors);
   gpu::DecodeOps& ops() { return step_.sequences().front()->session().device().decode_ops(); }
+  absl::Status Open(uint32_t budget_tokens);
+  absl::Status Close(absl::Status status);
+  absl::Status CheckCaptured() const;
   absl::Status StepErrors() const;
 
   DecodeStep step_;
@@ -40,6 +45,8 @@ class DirectBatch final : public DecodeBatch {
   const std::unique_ptr<gpu::DeviceMemory> error_memory_;  // pinned
   const absl::Span<uint32_t> errors_;                      // written by the stream in End
   const std::unique_ptr<gpu::Stream> stream_;
+  bool begun_ = false;            // BeginStep of the open step is enqueued
+  uint32_t captured_budget_ = 0;  // of the step that was captured; 0: none yet
 };
 
 }  // namespace clusterkv::client

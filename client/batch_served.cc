@@ -43,6 +43,9 @@ ServedBatch::ItemLayout::ItemLayout(const gpu::Shape& shape) {
 
 absl::StatusOr<std::unique_ptr<DecodeBatch>> ServedBatch::Create(
     std::vector<SequenceImpl*> sequences, const BatchOptions& options) {
+  if (options.captured) {
+    return absl::InvalidArgumentError("a served batch cannot be captured: its steps are RPCs");
+  }
   std::unique_ptr<ServedBatch> batch(new ServedBatch(std::move(sequences), options));
   // Only the device's own stream reaches what lies in its memory.
   if (batch->item_.bytes * batch->step_.sequences().size() > kMaxInlineBytes ||
@@ -67,6 +70,14 @@ absl::Status ServedBatch::OpenArena() {
   CKV_ASSIGN_OR_RETURN(stream_, session_.device().CreateStream("ckv-served"));
   CKV_ASSIGN_OR_RETURN(arena_, session_.TakeIoArena(item_.bytes * step_.sequences().size()));
   return absl::OkStatus();
+}
+
+absl::Status ServedBatch::Prepare(uint32_t /*budget_tokens*/) {
+  return absl::FailedPreconditionError("a served batch cannot be captured");
+}
+
+absl::Status ServedBatch::Complete() {
+  return absl::FailedPreconditionError("a served batch cannot be captured");
 }
 
 absl::Status ServedBatch::Begin(uint32_t budget_tokens) {

@@ -27,6 +27,8 @@ class ServedBatch final : public DecodeBatch {
                                                              const BatchOptions& options);
   ~ServedBatch() override;
 
+  absl::Status Prepare(uint32_t budget_tokens) override;
+  absl::Status Complete() override;
   absl::Status Begin(uint32_t budget_tokens) override;
   absl::Status Append(uint32_t layer, const gpu::KvSource& source) override;
   absl::Status Attend(uint32_t layer, const gpu::QuerySource& queries,

@@ -108,6 +108,8 @@ struct BatchOptions {
   // Direct, backend cuda: the caller's cudaStream_t, in which the steps run; it must outlive the
   // batch. Null: a stream of the batch's own, which the caller's work must then wait for.
   void* stream = nullptr;
+  // Steps are captured in a CUDA graph of the caller's; see DecodeBatch::Prepare. Direct only.
+  bool captured = false;
 };
 
 // Sequences that decode together: one shape, one mode. Thread-compatible; at most one step of a
@@ -115,6 +117,21 @@ struct BatchOptions {
 class DecodeBatch {
  public:
   virtual ~DecodeBatch() = default;
+
+  // Of a captured batch: what a step needs of the host, before its replay. The whole way is
+  //
+  //   batch->Prepare();                          before every step
+  //   once: cudaStreamBeginCapture; Begin; Append, Attend of every layer; End; cudaStreamEndCapture
+  //   cudaGraphLaunch(exec, stream);
+  //   batch->Complete();                         after every step
+  //
+  // Begin to End then only enqueue, on BatchOptions::stream. Sequences may be published to and
+  // released; a batch of other sequences is captured anew. Errors: as Begin; FAILED_PRECONDITION
+  // if the batch is not a captured one, or `budget_tokens` differs from the captured step's.
+  virtual absl::Status Prepare(uint32_t budget_tokens = 0) = 0;
+  // Waits for the replay; as End of a step that is not captured. Errors: also FAILED_PRECONDITION
+  // if nothing was captured or the step was not prepared.
+  virtual absl::Status Complete() = 0;
 
   // Errors: RESOURCE_EXHAUSTED (a window is full until the daemon has caught up; nothing was
   // written, call again later), OUT_OF_RANGE (max_tokens), FAILED_PRECONDITION (prompt not ended,

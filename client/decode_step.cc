@@ -103,4 +103,9 @@ void DecodeStep::Abandon(const absl::Status& why) {
   for (SequenceImpl* const sequence : sequences_) sequence->AbandonStep(why);
 }
 
+void DecodeStep::Withdraw() {
+  open_ = false;
+  for (SequenceImpl* const sequence : sequences_) sequence->WithdrawStep();
+}
+
 }  // namespace clusterkv::client

@@ -39,6 +39,8 @@ class DecodeStep {
   absl::Status CheckEnd() const;
   void Finish();
   void Abandon(const absl::Status& why);
+  // The step was opened, and nothing of it has been enqueued.
+  void Withdraw();
 
  private:
   absl::Status CheckLayer(uint32_t layer) const;

@@ -45,6 +45,7 @@ class SequenceImpl final : public Sequence {
   // Direct: room in the ring for the step's token. Errors: RESOURCE_EXHAUSTED.
   absl::Status ReserveTail();
   void OpenStep() { step_open_ = true; }
+  void WithdrawStep() { step_open_ = false; }
   // The step is complete, and the stream has passed.
   void FinishStep();
   // The step failed or was abandoned: what the token left behind is undefined, so the sequence

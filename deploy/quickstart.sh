@@ -1,23 +1,31 @@
 #!/usr/bin/env bash
 # From a checkout to a result: installs what is missing, builds, starts a daemon, replays a real
-# model's KV against it, and stops it. Needs Debian 12; no GPU, no PyPI. Leaves only build/ behind.
+# model's KV against it, and stops it. Needs Debian 12; no PyPI. On the GPU if there is one and nvcc 13
+# is on PATH, else on the host backend. Leaves only build/ behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly trace=tests/traces/smollm2-135m-moby-dick.safetensors
-readonly bin=build/release/bin
+preset=release
+backend=host
 readonly ready_seconds=60
 
 note() { echo "quickstart: $*" >&2; }
 
 build() {
   deploy/install-packages.sh
-  if command -v nvcc >/dev/null; then
-    note "there is a CUDA toolkit here; the cuda backend is not built yet, this runs on the host backend"
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    if command -v nvcc >/dev/null && nvcc --version | grep -q 'release 1[3-9]'; then
+      preset=cuda
+      backend=cuda
+    else
+      note "there is a GPU here, but no nvcc 13 on PATH: this builds and runs the host backend only"
+    fi
   fi
+  bin=build/$preset/bin
   note "building (minutes the first time)"
-  if ! { cmake --preset release &&
-         cmake --build --preset release --parallel "$(deploy/build-jobs.sh)" \
+  if ! { cmake --preset $preset &&
+         cmake --build --preset $preset --parallel "$(deploy/build-jobs.sh)" \
                --target clusterkvd clusterkvctl clusterkv-replay; } >"$scratch/build.log" 2>&1; then
     tail -n 40 "$scratch/build.log" >&2
     note "the build failed"
@@ -43,7 +51,7 @@ start_daemon() {
     host_memory_dir=$scratch/memory
   fi
   "$bin/clusterkvd" --listen "unix:$scratch/clusterkvd.sock" --admin-listen 127.0.0.1:0 \
-    --host-memory 512mb --host-memory-dir "$host_memory_dir" --backend host \
+    --host-memory 512mb --host-memory-dir "$host_memory_dir" --backend $backend \
     >"$scratch/stdout" 2>"$scratch/log" &
   daemon=$!
   local deadline=$((SECONDS + ready_seconds))

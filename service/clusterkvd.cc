@@ -92,10 +92,9 @@ void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals) {
 }
 
 absl::Status Serve(const Config& config, const Signals& signals) {
-  CKV_ASSIGN_OR_RETURN(auto device,
-                       gpu::CreateDevice({.backend = config.backend,
-                                          .device = config.device,
-                                          .threads = config.threads}));
+  CKV_ASSIGN_OR_RETURN(auto device, gpu::CreateDevice({.backend = config.backend,
+                                                       .device = config.device,
+                                                       .threads = config.threads}));
   LogInfo("device", {{"backend", device->backend()}, {"description", device->description()}});
   CKV_ASSIGN_OR_RETURN(auto pool, HostPool::Create({.directory = config.host_memory_dir,
                                                     .total_bytes = config.host_memory_bytes,

@@ -295,7 +295,7 @@ std::vector<std::pair<std::string, std::string>> EffectiveConfig(const Config& c
       value += fmt::format(" (rounded down from {} to whole chunks)",
                            SizeText(config.requested_host_memory_bytes));
     }
-    values.emplace_back(key.name, value);
+    values.emplace_back(key.name, value.empty() ? "\"\"" : value);  // as a file would say it
   }
   return values;
 }

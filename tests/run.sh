@@ -3,7 +3,7 @@
 #
 #   tests/run.sh                     what CI runs for every change
 #   tests/run.sh --tier nightly      also tests labelled slow, and clang-tidy over all files
-#   tests/run.sh --only asan,lint    parts of: release python asan tsan lint (this of all files)
+#   tests/run.sh --only asan,lint    parts of: release python cuda asan tsan lint (this of all files)
 #
 # Counts test cases, and every other check as one. A step that cannot run is a failure. Logs and
 # reports: build/logs. Python packages: .venv, from tests/requirements.txt.
@@ -141,6 +141,34 @@ part_release() {
     "$python" tests/compare_dumps.py "$logs/direct.safetensors" "$logs/served.safetensors"
 }
 
+# Without a GPU its tests skip, and say so in the count; that programs start and say what is missing
+# is tested everywhere.
+part_cuda() {
+  if ! command -v nvcc >/dev/null || ! nvcc --version | grep -q 'release 1[3-9]'; then
+    note "cuda: nvcc 13 is not on PATH"
+    count cuda 0 0 1
+    return
+  fi
+  check "cuda: build" configure_and_build cuda || return
+  local file=$logs/cuda-ctest.xml
+  rm -f "$file"
+  note "cuda: ctest"
+  ctest --test-dir build/cuda --output-on-failure --output-junit "$file" --label-regex cuda \
+    --test-output-size-passed 100000000 --test-output-size-failed 100000000 >&2
+  count_cases "cuda ctest" "$file" $?
+  check "cuda: a machine without a driver is told" says_what_is_missing
+}
+
+says_what_is_missing() {
+  build/cuda/bin/clusterkvctl --help >/dev/null || return
+  nvidia-smi >/dev/null 2>&1 && return
+  local code=0
+  build/cuda/bin/clusterkvd --backend cuda --listen "unix:$logs/none.sock" --host-memory 64mb \
+    --host-memory-dir "$logs/none-memory" --admin-listen 127.0.0.1:0 >"$logs/no-driver.log" 2>&1 ||
+    code=$?
+  ((code == 3)) && grep -q 'CUDA' "$logs/no-driver.log"
+}
+
 part_python() {
   check "python: the programs under test" test -x build/release/bin/clusterkvd || return
   run_pytest "python" build/release/bin tests/reference tests/integration tests/tally_test.py
@@ -174,7 +202,7 @@ part_tsan() {
 }
 
 format_is_kept() {
-  git ls-files -z '*.cc' '*.h' | xargs -0 clang-format --dry-run --Werror
+  git ls-files -z '*.cc' '*.h' '*.cu' '*.cuh' | xargs -0 clang-format --dry-run --Werror
 }
 
 # All files, or those that differ from the branch's start where that is known.
@@ -190,7 +218,10 @@ tidy_files() {
     fi
   fi
   local file
-  for file in "${all[@]}"; do [[ $file != *.cc || ! -f $file ]] || echo "$file"; done
+  for file in "${all[@]}"; do
+    # The release build, whose commands clang-tidy uses, has no cuda backend.
+    [[ $file != *.cc || ! -f $file || $file == gpu/cuda/* ]] || echo "$file"
+  done
 }
 
 tidy_is_silent() {
@@ -230,7 +261,7 @@ mkdir -p "$logs"
 check "packages" deploy/install-packages.sh --tests || finish
 check "python packages" make_venv || finish
 read -r -a parts <<<"${only//,/ }"
-((${#parts[@]})) || parts=(release python asan tsan lint)
+((${#parts[@]})) || parts=(release python cuda asan tsan lint)
 for part in "${parts[@]}"; do
   if declare -F "part_$part" >/dev/null; then
     "part_$part"

@@ -21,6 +21,8 @@ namespace {
 
 constexpr uint32_t kHeadDim = 64;
 constexpr size_t kRowBytes = size_t{2} * kHeadDim * sizeof(float);
+// A job of 64 tokens gets its workspace, one of 128 or a batch of two do not.
+constexpr size_t kEnoughForOne = 64 * kRowBytes + 4096;
 
 // The staged rows of one segment of one head, and what becomes of them.
 class Segment {
@@ -118,7 +120,7 @@ TEST_F(ClusterSchedulerTest, JobsRunAloneWhereABatchGetsNoMemory) {
   }
   RunAsOneBatch(together_pointers, SIZE_MAX);
   for (Segment* const segment : together_pointers) EXPECT_TRUE(segment->Result().ok());
-  RunAsOneBatch(alone_pointers, 64 * kRowBytes);
+  RunAsOneBatch(alone_pointers, kEnoughForOne);
   for (size_t i = 0; i < alone.size(); ++i) {
     const auto result = alone[i]->Result();
     ASSERT_TRUE(result.ok()) << result.status();
@@ -130,7 +132,7 @@ TEST_F(ClusterSchedulerTest, JobsRunAloneWhereABatchGetsNoMemory) {
 TEST_F(ClusterSchedulerTest, AJobThatGetsNoMemoryFailsAloneAndUntouched) {
   Segment first(64, 1), large(128, 2), last(64, 3);
   const std::vector<std::byte> before = large.rows();
-  RunAsOneBatch({&first, &large, &last}, 64 * kRowBytes);
+  RunAsOneBatch({&first, &large, &last}, kEnoughForOne);
   EXPECT_TRUE(first.Result().ok());
   EXPECT_TRUE(absl::IsResourceExhausted(large.Result().status()));
   EXPECT_TRUE(last.Result().ok());

@@ -532,7 +532,7 @@ TEST_F(CoreSequenceTest, TooLittleDeviceMemoryForABatchFailsOnlyWhatCannotRunAlo
   MustIngest(worker, small, 0, 60, true);
   MustIngest(worker, large->sequence, 0, 140, true);
   Fence();  // what is ready has been submitted: the next batch takes it all
-  device_->largest_allocation = 32 * 256;  // the workspace of a segment of `small`
+  device_->largest_allocation = 32 * 256 + 1024;  // the workspace of a segment of `small`
   device_->cluster.Open();
   EXPECT_TRUE(
       worker->Await([&](const Told& told) { return told.failed.contains(large->sequence); }));

@@ -4,8 +4,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <functional>
+#include <memory>
 
+#include "gpu/host/host_device.h"
 #include "tests/client/replay/random_trace.h"
 #include "tests/client/replay/reference_attention.h"
 
@@ -40,8 +43,10 @@ class FakeSequence final : public Sequence {
   absl::Status Ingest(const IngestRange& range, const gpu::KvSource& source,
                       absl::Duration) override {
     const TraceLayer& layer = service_.trace->layers()[range.layer_begin];
-    EXPECT_EQ(source.k, layer.k + range.position * service_.trace->kv_token_bytes());
-    EXPECT_EQ(source.v, layer.v + range.position * service_.trace->kv_token_bytes());
+    const size_t offset = range.position * service_.trace->kv_token_bytes();
+    const size_t bytes = range.count * service_.trace->kv_token_bytes();
+    EXPECT_EQ(std::memcmp(source.k, layer.k + offset, bytes), 0);
+    EXPECT_EQ(std::memcmp(source.v, layer.v + offset, bytes), 0);
     EXPECT_LE(range.count, 512u);
     service_.ingested_tokens += range.count;
     EXPECT_EQ(range.end_of_prompt, range.position + range.count == service_.trace->prompt_tokens());
@@ -86,7 +91,9 @@ class FakeBatch final : public DecodeBatch {
   }
   absl::Status Append(uint32_t layer, const gpu::KvSource& source) override {
     const size_t offset = service_.ranges[step_].position * service_.trace->kv_token_bytes();
-    EXPECT_EQ(source.k, service_.trace->layers()[layer].k + offset);
+    EXPECT_EQ(std::memcmp(source.k, service_.trace->layers()[layer].k + offset,
+                          service_.trace->kv_token_bytes()),
+              0);
     return absl::OkStatus();
   }
   absl::Status Attend(uint32_t layer, const gpu::QuerySource&,
@@ -138,12 +145,14 @@ class FakeClient final : public Client {
     return std::make_unique<FakeBatch>(service_, sequences);
   }
   const std::string& backend() const override { return backend_; }
+  gpu::Device& device() override { return *device_; }
   uint64_t session_id() const override { return 1; }
   absl::Status health() const override { return absl::OkStatus(); }
 
  private:
   FakeService& service_;
   const std::string backend_ = "host";
+  const std::unique_ptr<gpu::Device> device_ = *gpu::host::HostDevice::Create(1);
 };
 
 class ServiceRunTest : public testing::Test {

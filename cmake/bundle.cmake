@@ -1,0 +1,13 @@
+# `--target bundle`: a relocatable tree in the build directory's bundle/, with the tests that
+# tests/gpu.sh runs where the cuda backend is built.
+set(CLUSTERKV_BUNDLE_TESTS "")
+if(CLUSTERKV_CUDA AND CLUSTERKV_BUILD_TESTS)
+  set(CLUSTERKV_BUNDLE_TESTS
+    cuda_conformance_test cuda_device_test cuda_graph_test kmeans_kernel_benchmark latch_litmus
+    property_test)
+endif()
+add_custom_target(bundle
+  COMMAND ${PROJECT_SOURCE_DIR}/deploy/bundle.sh ${CMAKE_BINARY_DIR} ${CMAKE_BINARY_DIR}/bundle
+          ${CLUSTERKV_BUNDLE_TESTS}
+  VERBATIM)
+add_dependencies(bundle clusterkvd clusterkvctl clusterkv-replay ${CLUSTERKV_BUNDLE_TESTS})
