@@ -42,6 +42,9 @@ if(CLUSTERKV_CUDA)
   target_link_libraries(clusterkv_bench PRIVATE clusterkv_bench_kernels ${CMAKE_DL_LIBS})
 endif()
 
-add_executable(clusterkv-bench ${BENCH_DIR}/main.cc)
+# What connects is in the program, as with the replay.
+add_executable(clusterkv-bench
+  ${BENCH_DIR}/main.cc
+  ${BENCH_DIR}/served_bench.cc)
 target_link_libraries(clusterkv-bench
-  PRIVATE clusterkv_bench clusterkv_replay clusterkv_warnings)
+  PRIVATE clusterkv_bench clusterkv_replay clusterkv::client clusterkv_warnings)

@@ -36,5 +36,7 @@ absl::Status MeasurePermute(const BenchRun& run);
 // select, fetch, attend, step.
 absl::Status MeasureLayers(const BenchRun& run);
 absl::Status MeasureDecode(const BenchRun& run);
+// With a daemon: in the program, since the library knows nothing of what connects.
+absl::Status MeasureServed(const BenchRun& run);
 
 }  // namespace clusterkv::client::bench

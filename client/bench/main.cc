@@ -42,7 +42,8 @@ int Fail(int exit_code, const absl::Status& status) {
 
 absl::Status Measure(const BenchRun& run) {
   constexpr absl::Status (*kMeasurements[])(const BenchRun&) = {
-      MeasureCeilings, MeasureGather, MeasureKmeans, MeasurePermute, MeasureLayers, MeasureDecode};
+      MeasureCeilings, MeasureGather, MeasureKmeans, MeasurePermute,
+      MeasureLayers,   MeasureDecode, MeasureServed};
   for (const auto measure : kMeasurements) {
     CKV_RETURN_IF_ERROR(replay::CheckInterrupt());
     CKV_RETURN_IF_ERROR(measure(run));
