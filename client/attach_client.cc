@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -175,6 +176,7 @@ absl::Status AttachClient::MapChunk(const v1::ChunkGranted& granted, gpu::Unique
     return Annotate(registration.status(), absl::StrCat("host chunk ", index));
   }
   StoreBase(&bases()[index], mapping->data());
+  chunk_count_ = std::max(chunk_count_.load(), index + 1);
   chunks_.emplace(index, Chunk{*std::move(mapping), *std::move(registration)});
   v1::AttachRequest request;
   request.mutable_chunk_mapped()->set_chunk_index(index);

@@ -9,6 +9,7 @@
 // sees a segment also finds its chunk mapped.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -57,6 +58,8 @@ class AttachClient {
                                                                   const Deadline& deadline);
   // [kMaxChunks], null where nothing is mapped.
   const std::byte* const* chunk_bases() const { return bases(); }
+  // Entries beyond this have never been set.
+  uint32_t chunk_count() const { return chunk_count_; }
 
   // Ends all waits, now and later. What is mapped stays so.
   void Fail(const absl::Status& why);
@@ -77,6 +80,7 @@ class AttachClient {
   const AttachOptions options_;
   // Pinned, [kMaxChunks]; constant after Create, its entries written by the thread only.
   std::unique_ptr<gpu::DeviceMemory> chunk_bases_;
+  std::atomic<uint32_t> chunk_count_{0};
   gpu::UniqueFd lifeline_;                // constant after Create
   std::unique_ptr<AttachSocket> socket_;  // constant after Create
 

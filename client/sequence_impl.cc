@@ -170,6 +170,7 @@ gpu::BatchSlot SequenceImpl::state_slot() const {
   return {.state = state_->data(),
           .layout = &layout_,
           .host_chunks = session_->attach().chunk_bases(),
+          .chunk_count = session_->attach().chunk_count(),
           .generation = generation_,
           .active = 1};
 }

@@ -27,6 +27,9 @@ struct BatchSlot {
   // Mapped address of each host chunk of the session in THIS process, by chunk index.
   // Pinned: the device reads it.
   const std::byte* const* host_chunks = nullptr;
+  // Entries from the first that may be set: begin-step keeps a copy of them for its step, since a
+  // look-up over PCIe costs a microsecond. Others are looked up where they are needed.
+  uint32_t chunk_count = 0;
   // Where Append also leaves this step's token, in a range of the ingest ring: K of layer 0 here,
   // its V `tail_stride` bytes on, then the next layer's K, and so forth. Null: nowhere.
   std::byte* tail = nullptr;

@@ -39,6 +39,7 @@ gpu::BatchSlot Sequence::slot() const {
   return {.state = state->data(),
           .layout = &layout,
           .host_chunks = reinterpret_cast<const std::byte* const*>(session.chunk_table->data()),
+          .chunk_count = session.chunk_count,
           .generation = generation,
           .active = 1};
 }

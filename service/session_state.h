@@ -129,6 +129,7 @@ struct Session : ChunkEvents {
   std::vector<PoolChunk> returned;  // to be zeroed and recycled by the core
   // Mapped address by chunk index.
   std::unique_ptr<const std::byte*[]> chunk_addresses;
+  uint32_t chunk_count = 0;  // entries beyond this have never been set
   // The same for the device: made with the first served sequence.
   std::unique_ptr<gpu::DeviceMemory> chunk_table;
 

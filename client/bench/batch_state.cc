@@ -103,6 +103,7 @@ absl::Status BatchState::AddSequence(uint32_t index) {
   slots_.push_back({.state = state->data(),
                     .layout = &layout_,
                     .host_chunks = reinterpret_cast<const std::byte* const*>(chunks_->data()),
+                    .chunk_count = 1,
                     .generation = kGeneration,
                     .active = 1});
   states_.push_back(std::move(state));

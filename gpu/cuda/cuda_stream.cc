@@ -71,6 +71,7 @@ DeviceSlot ToDevice(const BatchSlot& slot) {
   if (slot.active == 0) return converted;
   converted.state = slot.state;
   converted.host_chunks = slot.host_chunks;
+  converted.chunk_count = slot.host_chunks == nullptr ? 0 : slot.chunk_count;
   converted.tail = slot.tail;
   converted.tail_stride = slot.tail_stride;
   converted.generation = slot.generation;
@@ -184,6 +185,7 @@ absl::StatusOr<CudaStream::LoadedBatch> CudaStream::Load(Batch batch) {
     if (slot.active == 0) continue;
     loaded.clusters = std::max(loaded.clusters, slot.block.max_clusters);
     loaded.parts = std::max(loaded.parts, PartsOf(slot.block));
+    loaded.chunks = std::max(loaded.chunks, slot.chunk_count);
     loaded.shape.kv_heads = slot.block.kv_heads;
     loaded.shape.group = slot.block.group_size;
     loaded.shape.head_dim = slot.block.head_dim;
@@ -222,6 +224,11 @@ absl::Status CudaStream::GrowScratch(const LoadedBatch& batch, uint32_t group,
   Packer packer;
   const uint64_t select_tickets = packer.Add(items * sizeof(uint32_t));
   const uint64_t attend_tickets = packer.Add(items * sizeof(uint32_t));
+  scratch.chunk_stride = std::max(1u, batch.chunks);
+  const uint64_t slots = std::max(1u, batch.shape.count);
+  const uint64_t chunk_steps = packer.Add(slots * sizeof(uint2));
+  const uint64_t zeroed = packer.end();
+  const uint64_t chunks = packer.Add(slots * scratch.chunk_stride * sizeof(std::byte*));
   const uint64_t scores = packer.Add(items * scratch.score_stride * sizeof(float));
   const uint64_t chosen = packer.Add(items * scratch.chosen_stride * sizeof(uint64_t));
   const uint64_t taken = packer.Add(items * clusters * sizeof(uint32_t));
@@ -233,14 +240,15 @@ absl::Status CudaStream::GrowScratch(const LoadedBatch& batch, uint32_t group,
     CKV_ASSIGN_OR_RETURN(auto grown, AllocatePrivate(ordinal_, packer.end() + packer.end() / 4));
     scratch_ = std::move(grown);
   } else {
-    // Tickets count from 0, and lie elsewhere now.
-    CKV_RETURN_IF_CUDA_ERROR(
-        cudaMemsetAsync(scratch_->data(), 0, attend_tickets + items * sizeof(uint32_t), stream_),
-        "loading a batch");
+    // Tickets count from 0, and lie elsewhere now; so do chunk addresses.
+    CKV_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(scratch_->data(), 0, zeroed, stream_),
+                             "loading a batch");
   }
   std::byte* const base = scratch_->data();
   scratch.select_tickets = reinterpret_cast<uint32_t*>(base + select_tickets);
   scratch.attend_tickets = reinterpret_cast<uint32_t*>(base + attend_tickets);
+  scratch.chunk_steps = reinterpret_cast<uint2*>(base + chunk_steps);
+  scratch.chunks = reinterpret_cast<const std::byte**>(base + chunks);
   scratch.scores = reinterpret_cast<float*>(base + scores);
   scratch.chosen = reinterpret_cast<uint64_t*>(base + chosen);
   scratch.taken = reinterpret_cast<uint32_t*>(base + taken);

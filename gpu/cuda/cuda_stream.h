@@ -41,6 +41,7 @@ class CudaStream final : public Stream {
     BatchShape shape;
     uint32_t clusters = 0;  // the most of any slot
     uint32_t parts = 0;     // of Attend, likewise
+    uint32_t chunks = 0;    // of the host store, likewise
   };
   absl::StatusOr<LoadedBatch> Load(Batch batch);
 

@@ -83,6 +83,8 @@ BatchSlot TestSequence::slot() const {
   return {.state = state_->data(),
           .layout = &layout_,
           .host_chunks = reinterpret_cast<const std::byte* const*>(chunk_addresses_->data()),
+          // Some are looked up where they are needed.
+          .chunk_count = static_cast<uint32_t>(chunks_.size() / 2),
           .generation = generation_,
           .active = 1};
 }

@@ -23,6 +23,8 @@ struct DeviceSlot {
   uint64_t tail_stride;  // bytes from a layer's K to its V, and from there to the next layer's K
   uint32_t generation;
   uint32_t active;
+  uint32_t chunk_count;  // of host_chunks
+  uint32_t unused;
   StateBlock block;
 };
 
@@ -35,9 +37,13 @@ struct DecodeScratch {
   float2* partial_sums;  // [parts][group]: largest logit, sum
   uint32_t* select_tickets;  // [1]: blocks that have scored
   uint32_t* attend_tickets;  // [1]: blocks that have attended
-  uint32_t clusters;         // the most of any slot
-  uint32_t score_stride;     // at least two rows
-  uint32_t chosen_stride;    // the power of two from there
+  // Of each slot: host chunk addresses as begin-step found them, and the step that they are of.
+  const std::byte** chunks;  // [chunk_stride]
+  uint2* chunk_steps;        // [1]: generation and step; step 0 is none's
+  uint32_t chunk_stride;
+  uint32_t clusters;       // the most of any slot
+  uint32_t score_stride;   // at least two rows
+  uint32_t chosen_stride;  // the power of two from there
   uint32_t parts;
 };
 

@@ -75,12 +75,18 @@ __device__ Sums ExclusiveSums(const Sums& own, Sums& totals, FetchShared& shared
   return before;
 }
 
-// Relaxed: the chunk was mapped before the segment was published that begin-step has acquired. (An
-// acquire over PCIe costs a microsecond, one block after the other.)
-__device__ const std::byte* LoadHostChunk(const std::byte* const* chunks, uint32_t chunk) {
-  const std::byte* address;
-  asm volatile("ld.relaxed.sys.u64 %0, [%1];" : "=l"(address) : "l"(chunks + chunk) : "memory");
-  return address;
+// Where a chunk is mapped in this process; null if it is not.
+__device__ const std::byte* FindChunk(const DeviceSlot& slot, const StepLatch& latch,
+                                      const DecodeScratch& scratch, uint32_t index,
+                                      uint32_t chunk) {
+  if (slot.host_chunks == nullptr) return nullptr;
+  const uint2 of = scratch.chunk_steps[index];
+  const std::byte* found = nullptr;
+  if (chunk < min(slot.chunk_count, scratch.chunk_stride) && of.x == slot.generation &&
+      of.y == latch.step) {
+    found = scratch.chunks[size_t{index} * scratch.chunk_stride + chunk];
+  }
+  return found != nullptr ? found : LoadHostChunk(slot.host_chunks, chunk);
 }
 
 // The last begin that is not above `row`; begins[0] = 0.
@@ -372,7 +378,7 @@ __global__ void __launch_bounds__(kThreads)
     } else if (missed) {
       const ClusterEntry entry = entries[cluster];
       const std::byte* const chunk =
-          slot->host_chunks == nullptr ? nullptr : LoadHostChunk(slot->host_chunks, entry.chunk);
+          FindChunk(*slot, shared.slot.latch, table->scratch, blockIdx.y, entry.chunk);
       if (chunk == nullptr) {
         Report(fault, KernelFault::kChunkNotMapped, entry.chunk);
         shared.damaged = true;

@@ -18,7 +18,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr uint32_t kThreads = 512;
-constexpr uint32_t kUnroll = 2;          // centroids in flight for each group of lanes
+constexpr uint32_t kUnroll = 4;          // centroids in flight for each group of lanes
 constexpr uint32_t kLeastPerBlock = 64;  // centroids that are worth a block
 constexpr uint32_t kInShared = 4096;     // clusters whose keys and sizes fit shared memory
 constexpr uint32_t kChosenInShared = 1024;
@@ -31,7 +31,7 @@ __host__ __device__ constexpr uint32_t LanesPerRow() {
 struct SelectShared {
   alignas(16) float queries[kMaxGroup * 256];  // scaled, in units of log2; [group][head_dim]
   float largest[kMaxGroup], inverse_sum[kMaxGroup];
-  float warp_values[kThreads / 32][kMaxGroup];
+  float warp_values[4][kThreads / 32];
   uint32_t taken_before;
   bool last;
   SharedSlot slot;
@@ -115,22 +115,25 @@ struct Plus {
 
 // Reduces one value of each thread for each of up to four query heads; the result to all.
 template <typename Operation>
-__device__ void ReduceHeads(float (&values)[4], SelectShared& shared, Operation operation) {
+__device__ void ReduceHeads(float (&values)[4], float nothing, SelectShared& shared,
+                            Operation operation) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto reduce = [&](float value) {
+#pragma unroll
+    for (uint32_t step = 16; step > 0; step /= 2) {
+      value = operation(value, __shfl_xor_sync(0xffffffffu, value, step));
+    }
+    return value;
+  };
 #pragma unroll
   for (uint32_t h = 0; h < 4; ++h) {
-    for (uint32_t step = 16; step > 0; step /= 2) {
-      values[h] = operation(values[h], __shfl_xor_sync(0xffffffffu, values[h], step));
-    }
-    if (lane == 0) shared.warp_values[warp][h] = values[h];
+    values[h] = reduce(values[h]);
+    if (lane == 0) shared.warp_values[h][warp] = values[h];
   }
   __syncthreads();
 #pragma unroll
   for (uint32_t h = 0; h < 4; ++h) {
-    values[h] = shared.warp_values[0][h];
-    for (uint32_t w = 1; w < kThreads / 32; ++w) {
-      values[h] = operation(values[h], shared.warp_values[w][h]);
-    }
+    values[h] = reduce(lane < kThreads / 32 ? shared.warp_values[h][lane] : nothing);
   }
   __syncthreads();
 }
@@ -149,7 +152,7 @@ __device__ void SumPowers(const float* scores, uint32_t stride, uint32_t cluster
         if (h < heads) largest[h] = fmaxf(largest[h], own[h * size_t{stride} + c]);
       }
     }
-    ReduceHeads(largest, shared, Larger());
+    ReduceHeads(largest, -FLT_MAX, shared, Larger());
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 2
     for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
@@ -158,7 +161,7 @@ __device__ void SumPowers(const float* scores, uint32_t stride, uint32_t cluster
         if (h < heads) sums[h] += exp2f(own[h * size_t{stride} + c] - largest[h]);
       }
     }
-    ReduceHeads(sums, shared, Plus());
+    ReduceHeads(sums, 0.0f, shared, Plus());
 #pragma unroll
     for (uint32_t h = 0; h < 4; ++h) {
       if (threadIdx.x != 0 || h >= heads) continue;

@@ -170,6 +170,14 @@ __device__ inline const DeviceSlot* ActiveSlot(const BatchTable* table, uint32_t
   return slot.active != 0 && slot.state != nullptr ? &slot : nullptr;
 }
 
+// Relaxed: the chunk was mapped before the segment was published that begin-step has acquired. (An
+// acquire over PCIe costs a microsecond, one block after the other.)
+__device__ inline const std::byte* LoadHostChunk(const std::byte* const* chunks, uint32_t chunk) {
+  const std::byte* address;
+  asm volatile("ld.relaxed.sys.u64 %0, [%1];" : "=l"(address) : "l"(chunks + chunk) : "memory");
+  return address;
+}
+
 // Keeps one of the first faults. `fault` lies in pinned host memory, where PCIe has no atomics: of
 // two threads that report at once either's kind and value may stay.
 __device__ inline void Report(uint32_t* fault, KernelFault kind, uint32_t value) {

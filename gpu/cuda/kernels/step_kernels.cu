@@ -33,21 +33,35 @@ __global__ void LoadBatchKernel(const __grid_constant__ LoadBatchArgs args) {
   for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) target[i] = words[i];
 }
 
+// One block a slot.
 __global__ void BeginStepKernel(const BatchTable* table) {
-  const DeviceSlot* const slot = ActiveSlot(table, blockIdx.x * blockDim.x + threadIdx.x);
+  const DeviceSlot* const slot = ActiveSlot(table, blockIdx.x);
   if (slot == nullptr) return;
   const DeviceState state(*slot);
   if (!state.IsCurrent()) return;
   const StateBlock& block = state.block();
   StepLatch& latch = state.latch();
-  // Acquire: what was published with the count is seen by all that follows in this step.
-  const ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system> published(
-      *state.published_segments());
-  const uint32_t segments = min(published.load(::cuda::memory_order_acquire), block.max_segments);
+  __shared__ uint32_t segments;
+  if (threadIdx.x == 0) {
+    // Acquire: what was published with the count is seen by all that follows in this step.
+    const ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system> published(
+        *state.published_segments());
+    segments = min(published.load(::cuda::memory_order_acquire), block.max_segments);
+  }
+  __syncthreads();
+  // The chunks of those segments were mapped before they were published.
+  const DecodeScratch& scratch = table->scratch;
+  const uint32_t chunks = min(slot->chunk_count, scratch.chunk_stride);
+  for (uint32_t i = threadIdx.x; i < chunks; i += blockDim.x) {
+    scratch.chunks[size_t{blockIdx.x} * scratch.chunk_stride + i] =
+        LoadHostChunk(slot->host_chunks, i);
+  }
+  if (threadIdx.x != 0) return;
   latch.segments = segments;
   latch.cut = segments == 0 ? block.sink_tokens : state.segment_ends()[segments - 1];
   ++latch.length;
   ++latch.step;
+  if (chunks > 0) scratch.chunk_steps[blockIdx.x] = make_uint2(slot->generation, latch.step);
   const uint32_t begin = max(latch.cut, block.sink_tokens);
   if (latch.length > begin && latch.length - begin > block.window_slots) {
     latch.errors |= kWindowOverflow;
@@ -143,7 +157,7 @@ cudaError_t LaunchLoadBatch(const LoadBatchArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t LaunchBeginStep(const BatchShape& shape, cudaStream_t stream) {
-  BeginStepKernel<<<(shape.count + 31) / 32, 32, 0, stream>>>(shape.table);
+  BeginStepKernel<<<shape.count, 64, 0, stream>>>(shape.table);
   return cudaGetLastError();
 }
 

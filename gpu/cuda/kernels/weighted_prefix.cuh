@@ -20,6 +20,7 @@ __device__ inline uint32_t ItemId(uint64_t item) {
   return 0xffffffffu - static_cast<uint32_t>(item);
 }
 
+// kThreads: of the block, at most 1,024.
 template <uint32_t kThreads>
 struct PrefixShared {
   uint32_t sums[2][3][kThreads / 32];  // of the warps; rounds take turns
@@ -74,11 +75,13 @@ __device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, 
       if (lane == 0) warp_sums[c][warp] = sum;
     }
     __syncthreads();
-    uint32_t totals[3] = {0, 0, 0};
+    // Every warp sums the warps' sums: a read and an instruction each, instead of one for every
+    // warp.
+    uint32_t totals[3];
 #pragma unroll
-    for (uint32_t w = 0; w < kThreads / 32; ++w) {
-#pragma unroll
-      for (uint32_t c = 0; c < 3; ++c) totals[c] += warp_sums[c][w];
+    for (uint32_t c = 0; c < 3; ++c) {
+      const uint32_t own = lane < kThreads / 32 ? warp_sums[c][lane] : 0;
+      totals[c] = __reduce_add_sync(0xffffffffu, own);
     }
     uint32_t digit = 0;
     for (uint32_t c = 0; c < 3; ++c) {
@@ -103,8 +106,7 @@ __device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, 
     __syncthreads();
     if (lane == 0) shared.sums[0][0][warp] = above;
     __syncthreads();
-    above = 0;
-    for (uint32_t w = 0; w < kThreads / 32; ++w) above += shared.sums[0][0][w];
+    above = __reduce_add_sync(0xffffffffu, lane < kThreads / 32 ? shared.sums[0][0][lane] : 0);
   }
   const auto collect = [&](uint32_t i, uint32_t key, uint32_t weight) {
     if (key == 0 || weight == 0 || key < threshold) return;
