@@ -126,7 +126,10 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());
   std::fflush(stdout);
 
-  while (!signals.Wait(kTickInterval)) core->Tick();
+  while (!signals.Wait(kTickInterval)) {
+    core->Tick();
+    grpc->SetServing(core->status().ready);
+  }
 
   // The order of shutdown.
   LogInfo("draining", {{"timeout", absl::FormatDuration(config.drain_timeout)}});

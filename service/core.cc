@@ -76,6 +76,7 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
       device_(std::move(device)),
       pool_(std::move(pool)),
       started_(options_.now()),
+      device_watch_(started_),
       core_("ckv-core", kQueueCapacity),
       stage_("ckv-stage", SIZE_MAX),
       serve_("ckv-serve", SIZE_MAX),
@@ -84,6 +85,7 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
 absl::Status ServiceCore::Start() {
   CKV_ASSIGN_OR_RETURN(stage_stream_, device_->CreateStream("stage"));
   CKV_ASSIGN_OR_RETURN(serve_stream_, device_->CreateStream("serve"));
+  CKV_ASSIGN_OR_RETURN(probe_, device_->Allocate(sizeof(uint64_t)));
   serve_tensors_ = std::make_unique<ServeTensors>(*device_);
   CKV_ASSIGN_OR_RETURN(memory_stream_, device_->CreateStream("memory"));
   CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_));
@@ -320,7 +322,24 @@ void ServiceCore::Tick() {
     for (Session* session : late) {
       End(*session, absl::AbortedError("the worker did not attach in time"));
     }
+    ProbeDevice();
     PublishStatus();
+  });
+}
+
+void ServiceCore::ProbeDevice() {
+  if (!device_watch_.due()) return;
+  device_watch_.Sent();
+  memory_.Post([this] {
+    uint64_t word = 0;
+    absl::Status status = memory_stream_->CopyAsync(&word, probe_->data(), sizeof(word));
+    const absl::Status passed = memory_stream_->Synchronize();
+    if (status.ok()) status = passed;
+    core_.Post([this, status] {
+      device_watch_.Answered(status, options_.now());
+      if (!status.ok()) LogError("device has failed", {{"why", std::string(status.message())}});
+      PublishStatus();
+    });
   });
 }
 
@@ -345,8 +364,9 @@ void ServiceCore::PublishStatus() {
   status.backend = device_->backend();
   status.device = device_->description();
   status.boot_epoch = options_.boot_epoch;
-  status.ready = !draining_;
-  if (draining_) status.not_ready_reason = "draining";
+  status.device_age_seconds = absl::ToDoubleSeconds(device_watch_.age(options_.now()));
+  status.not_ready_reason = draining_ ? "draining" : device_watch_.problem(options_.now());
+  status.ready = status.not_ready_reason.empty();
   status.host = pool_->status();
   status.gpu_used_bytes = gpu_used_bytes_;
   for (const auto& [id, session] : sessions_) {

@@ -28,6 +28,7 @@
 #include "service/cluster_scheduler.h"
 #include "service/core_types.h"
 #include "service/daemon_status.h"
+#include "service/device_watch.h"
 #include "service/host_pool.h"
 #include "service/serve_tensors.h"
 #include "service/session_state.h"
@@ -109,6 +110,7 @@ class ServiceCore {
   template <typename T>
   void Call(Completion<T> done, std::function<void(Completion<T>)> call);
   void PublishStatus();
+  void ProbeDevice();
 
   // core.cc
   absl::StatusOr<Session*> FindSession(const SessionKey& key, bool attached = true);
@@ -173,6 +175,7 @@ class ServiceCore {
   const absl::Time started_;
   std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
   std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread
+  std::unique_ptr<gpu::DeviceMemory> probe_;     // of the memory thread
 
   // The core's own.
   std::map<SessionId, std::unique_ptr<Session>> sessions_;
@@ -182,6 +185,7 @@ class ServiceCore {
   uint32_t next_generation_ = 1;
   uint64_t gpu_used_bytes_ = 0;
   bool draining_ = false;
+  DeviceWatch device_watch_;
   std::function<void()> idle_;
   DaemonStatus counters_;  // the cumulative parts
   std::atomic<uint64_t> next_waiter_{1};

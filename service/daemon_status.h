@@ -45,6 +45,7 @@ struct DaemonStatus {
   bool ready = false;
   std::string not_ready_reason;
   double uptime_seconds = 0;
+  double device_age_seconds = 0;  // since the device last answered a probe
   uint64_t sequences = 0;
   HostPoolStatus host;
   uint64_t gpu_used_bytes = 0;

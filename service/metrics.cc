@@ -37,6 +37,9 @@ class Families {
              const Labels& labels = {}) {
     Add(name, MetricType::Gauge, help, static_cast<double>(value), labels);
   }
+  void Seconds(const std::string& name, const std::string& help, double value) {
+    Add(name, MetricType::Gauge, help, value, {});
+  }
   const std::vector<MetricFamily>& all() const { return families_; }
 
  private:
@@ -115,6 +118,8 @@ std::string MetricsText(const DaemonStatus& status) {
                    status.rejected_attaches);
   families.Gauge("clusterkv_sessions", "Open sessions.", status.sessions.size());
   families.Gauge("clusterkv_sequences", "Registered sequences.", status.sequences);
+  families.Seconds("clusterkv_device_age_seconds", "Since the device last answered a probe.",
+                   status.device_age_seconds);
   families.Gauge("clusterkv_ready", "1 if the daemon takes new work.", status.ready ? 1 : 0);
   families.Add("clusterkv_uptime_seconds", MetricType::Gauge, "Time since start.",
                status.uptime_seconds);

@@ -226,7 +226,8 @@ absl::Status CudaStream::GrowScratch(const LoadedBatch& batch, uint32_t group,
   const uint64_t chosen = packer.Add(items * scratch.chosen_stride * sizeof(uint64_t));
   const uint64_t taken = packer.Add(items * clusters * sizeof(uint32_t));
   const uint64_t partials =
-      packer.Add(items * parts * group * (batch.shape.head_dim + 2) * sizeof(float));
+      packer.Add(items * parts * group * batch.shape.head_dim * sizeof(float));
+  const uint64_t partial_sums = packer.Add(items * parts * group * sizeof(float2));
   if (scratch_ == nullptr || scratch_->bytes() < packer.end()) {
     // Launches in flight use the old one; freeing it waits for them.
     CKV_ASSIGN_OR_RETURN(auto grown, AllocatePrivate(ordinal_, packer.end() + packer.end() / 4));
@@ -244,6 +245,7 @@ absl::Status CudaStream::GrowScratch(const LoadedBatch& batch, uint32_t group,
   scratch.chosen = reinterpret_cast<uint64_t*>(base + chosen);
   scratch.taken = reinterpret_cast<uint32_t*>(base + taken);
   scratch.partials = reinterpret_cast<float*>(base + partials);
+  scratch.partial_sums = reinterpret_cast<float2*>(base + partial_sums);
   return absl::OkStatus();
 }
 

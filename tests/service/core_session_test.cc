@@ -251,5 +251,29 @@ TEST_F(CoreSessionTest, StopAnswersEveryCall) {
   core_->Stop();  // once more does nothing
 }
 
+TEST_F(CoreSessionTest, DeviceThatDoesNotAnswerMakesTheDaemonUnready) {
+  StartCore();
+  const Worker worker = Attached();
+  EXPECT_TRUE(core_->status().ready);
+  device_->shared.Close();  // the memory thread wedges in an allocation
+  Reply<ArenaInfo> arena;
+  core_->AllocateArena(worker->key, 4096, arena.done());
+  device_->shared.AwaitArrival();
+  core_->Tick();
+  Advance(absl::Seconds(9));
+  core_->Tick();
+  Fence();
+  EXPECT_TRUE(core_->status().ready) << "it may be busy";
+  Advance(absl::Seconds(2));
+  core_->Tick();
+  Fence();
+  EXPECT_FALSE(core_->status().ready);
+  EXPECT_EQ(core_->status().not_ready_reason, "the device has not answered for 11 s");
+  EXPECT_EQ(core_->status().device_age_seconds, 11.0);
+  device_->shared.Open();
+  EXPECT_TRUE(arena.Get().ok());
+  EXPECT_TRUE(AwaitStatus([](const DaemonStatus& status) { return status.ready; }));
+}
+
 }  // namespace
 }  // namespace clusterkv::service

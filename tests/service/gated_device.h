@@ -55,7 +55,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
  public:
   explicit GatedDevice(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}
 
-  Gate stage, cluster;
+  Gate stage, cluster, shared;
   std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
   std::atomic<size_t> largest_allocation = SIZE_MAX;   // not of shared memory
   std::atomic<uint32_t> fail_steps_of_generation = 0;  // by an error bit; 0: none
@@ -82,6 +82,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
     return device_->Allocate(bytes);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> AllocateShared(size_t bytes) override {
+    shared.Pass();
     if (fail_shared) return absl::ResourceExhaustedError("no shared memory");
     return device_->AllocateShared(bytes);
   }

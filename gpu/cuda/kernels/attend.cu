@@ -23,6 +23,8 @@ constexpr uint32_t kThreads = 32 * kWarps;
 static_assert(kRowsPerPart == 16 * kWarps);
 constexpr float kLog2E = 1.4426950408889634f;
 
+constexpr uint32_t kMostParts = 192;  // whose factors fit shared memory
+
 template <int kHeadDim>
 struct AttendShared {
   // Rows of 16-byte chunks; chunk c of row r lies at c ^ (r & 7), so that eight rows' chunks of one
@@ -35,6 +37,7 @@ struct AttendShared {
   float biases[kRowsPerPart];  // added to the logit, in units of log2; -inf: no row
   float largest[kWarps][kMaxGroup], sums[kWarps][kMaxGroup];
   bool last;
+  SharedSlot slot;
 };
 
 template <int kHeadDim>
@@ -50,19 +53,19 @@ struct RowPlan {
   __device__ uint32_t rows() const { return sinks + slots + window + estimates; }
 };
 
-__device__ RowPlan PlanRows(const DeviceState& state, size_t head, uint32_t kv_head) {
+__device__ RowPlan PlanRows(const DeviceState& state, const StepLatch& latch, size_t head,
+                            uint32_t slot_count) {
   const StateBlock& block = state.block();
-  const StepLatch& latch = state.latch();
   const uint32_t length = latch.length;
   RowPlan plan;
   plan.sinks = min(block.sink_tokens, length);
-  plan.slots = min(state.slot_count(kv_head), block.budget_tokens);
+  plan.slots = min(slot_count, block.budget_tokens);
   uint32_t begin = max(latch.cut, block.sink_tokens);
   // After an overflow only the newest are still there.
   if (length > begin) begin = max(begin, length - min(length, block.window_slots));
   plan.window_begin = begin;
   plan.window = length > begin ? length - begin : 0;
-  plan.estimates = block.estimate != 0 ? state.VisibleClusters(head) : 0;
+  plan.estimates = block.estimate != 0 ? state.VisibleClusters(head, latch.segments) : 0;
   return plan;
 }
 
@@ -104,7 +107,7 @@ template <int kHeadDim>
 __device__ void LoadRows(const DeviceState& state, AttendShared<kHeadDim>& shared) {
   constexpr uint32_t kChunks = kHeadDim / 8;
   // Of a row that is not there zeros: a weight of 0 times garbage could be NaN.
-  const std::byte* const nowhere = reinterpret_cast<const std::byte*>(&state.latch());
+  const std::byte* const nowhere = reinterpret_cast<const std::byte*>(&state.header());
   for (uint32_t i = threadIdx.x; i < kRowsPerPart * kChunks; i += kThreads) {
     const uint32_t row = i / kChunks, chunk = i % kChunks;
     const std::byte* const from = shared.key_rows[row];
@@ -222,11 +225,11 @@ __device__ void WeighValues(const AttendShared<kHeadDim>& shared, const float (&
   }
 }
 
-// The four warps' outputs become the block's: partial[g] = [head_dim] output, largest, sum.
+// The four warps' outputs become the block's.
 template <int kHeadDim>
 __device__ void WritePartial(AttendShared<kHeadDim>& shared, const float (&output)[kHeadDim / 8][4],
                              const float (&largest)[2], const float (&sums)[2], uint32_t group,
-                             float* partial) {
+                             float* partial, float2* partial_sums) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (lane % 4 == 0) {
     for (uint32_t row = 0; row < 2; ++row) {
@@ -259,41 +262,73 @@ __device__ void WritePartial(AttendShared<kHeadDim>& shared, const float (&outpu
       sum += factor * shared.sums[w][g];
       value += factor * outputs[(w * 16 + g) * kHeadDim + i % kHeadDim];
     }
-    float* const own = partial + g * (kHeadDim + 2);
-    own[i % kHeadDim] = value;
-    if (i % kHeadDim == 0) {
-      own[kHeadDim] = most;
-      own[kHeadDim + 1] = sum;
-    }
+    partial[i] = value;
+    if (i % kHeadDim == 0) partial_sums[g] = make_float2(most, sum);
   }
 }
 
-// All parts of a head: the output and its log-sum-exp.
+// All parts of a head: the output and its log-sum-exp. `factors`: [kMostParts + 2][group], shared.
 template <int kHeadDim>
-__device__ void Combine(const float* partials, uint32_t parts, uint32_t group,
-                        const OutputLaunch& target, uint32_t slot, uint32_t kv_head) {
-  const size_t stride = size_t{group} * (kHeadDim + 2);
-  for (uint32_t i = threadIdx.x; i < group * kHeadDim; i += kThreads) {
-    const uint32_t g = i / kHeadDim, d = i % kHeadDim;
-    const float* const own = partials + g * (kHeadDim + 2);
+__device__ void Combine(const float* partials, const float2* partial_sums, uint32_t parts,
+                        uint32_t group, float* factors, const OutputLaunch& target, uint32_t slot,
+                        uint32_t kv_head) {
+  float* const largest = factors + kMostParts * group;
+  float* const inverses = largest + group;
+  // A warp for each query head: what its parts weigh.
+  const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t g = threadIdx.x / 32; g < group; g += kWarps) {
     float most = -INFINITY;
-    for (uint32_t p = 0; p < parts; ++p) most = fmaxf(most, own[p * stride + kHeadDim]);
-    float sum = 0.0f, value = 0.0f;
-    for (uint32_t p = 0; p < parts; ++p) {
-      const float largest = own[p * stride + kHeadDim];
-      if (largest == -INFINITY) continue;
-      const float factor = exp2f(largest - most);
-      sum += factor * own[p * stride + kHeadDim + 1];
-      value += factor * own[p * stride + d];
+    for (uint32_t p = lane; p < parts; p += 32) most = fmaxf(most, partial_sums[p * group + g].x);
+    for (uint32_t step = 16; step > 0; step /= 2) {
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
     }
-    const uint32_t head = kv_head * group + g;
+    float sum = 0.0f;
+    for (uint32_t p = lane; p < parts; p += 32) {
+      const float2 own = partial_sums[p * group + g];
+      if (own.x != -INFINITY) sum += exp2f(own.x - most) * own.y;
+    }
+    for (uint32_t step = 16; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    }
     // Not `> 0`: a NaN must come out as NaN.
-    target.out[slot * target.batch_stride + head * target.head_stride + d] =
-        sum == 0.0f ? 0.0f : value / sum;
-    if (d == 0 && target.lse != nullptr) {
-      target.lse[slot * target.lse_batch_stride + head] =
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    for (uint32_t p = lane; p < min(parts, kMostParts); p += 32) {
+      const float own = partial_sums[p * group + g].x;
+      factors[p * group + g] = own == -INFINITY ? 0.0f : exp2f(own - most) * inverse;
+    }
+    if (lane != 0) continue;
+    largest[g] = most;
+    inverses[g] = inverse;
+    if (target.lse != nullptr) {
+      target.lse[slot * target.lse_batch_stride + kv_head * group + g] =
           sum == 0.0f ? -INFINITY : (most + log2f(sum)) / kLog2E;
     }
+  }
+  __syncthreads();
+  const size_t stride = size_t{group} * kHeadDim;
+  for (uint32_t i = 4 * threadIdx.x; i < group * kHeadDim; i += 4 * kThreads) {
+    const uint32_t g = i / kHeadDim;
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+    for (uint32_t p = 0; p < parts; ++p) {
+      const float4 own = *reinterpret_cast<const float4*>(partials + p * stride + i);
+      float factor = 0.0f;
+      if (p < kMostParts) {
+        factor = factors[p * group + g];
+      } else if (const float most = partial_sums[p * group + g].x; most != -INFINITY) {
+        factor = exp2f(most - largest[g]) * inverses[g];
+      }
+      value.x += factor * own.x;
+      value.y += factor * own.y;
+      value.z += factor * own.z;
+      value.w += factor * own.w;
+    }
+    float* const out = target.out + slot * target.batch_stride +
+                       (kv_head * group + g) * target.head_stride + i % kHeadDim;
+    out[0] = value.x;
+    out[1] = value.y;
+    out[2] = value.z;
+    out[3] = value.w;
   }
 }
 
@@ -303,29 +338,37 @@ __global__ void __launch_bounds__(kThreads)
                  OutputLaunch target) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<AttendShared<kHeadDim>*>(shared_bytes);
-  const DeviceSlot* const slot = ActiveSlot(table, blockIdx.z);
-  if (slot == nullptr) return;
-  const DeviceState state(*slot);
   const uint32_t kv_head = blockIdx.y;
-  if (!state.IsCurrent()) {
-    if (blockIdx.x == 0) Combine<kHeadDim>(nullptr, 0, group, target, blockIdx.z, kv_head);
+  const Entry entry = EnterSlot(table, blockIdx.z, shared.slot);
+  if (entry == Entry::kSkip) return;
+  // Once keys and values are read, their place holds the factors of the parts.
+  auto* const factors = reinterpret_cast<float*>(shared.keys);
+  static_assert(sizeof(shared.keys) + sizeof(shared.values) >=
+                (kMostParts + 2) * kMaxGroup * sizeof(float));
+  const auto combine = [&](const float* partials, const float2* partial_sums, uint32_t parts) {
+    Combine<kHeadDim>(partials, partial_sums, parts, group, factors, target, blockIdx.z, kv_head);
+  };
+  if (entry == Entry::kStale) {
+    if (blockIdx.x == 0) combine(nullptr, nullptr, 0);
     return;
   }
+  const DeviceState state(shared.slot.slot);
   const size_t head = HeadIndex(state.block(), layer, kv_head);
   const size_t item = size_t{blockIdx.z} * gridDim.y + kv_head;
   const DecodeScratch& scratch = table->scratch;
-  RowPlan plan = PlanRows(state, head, kv_head);
+  RowPlan plan = PlanRows(state, shared.slot.latch, head, state.slot_count(kv_head));
   plan.estimates = min(plan.estimates, scratch.clusters);
   const uint32_t rows = plan.rows();
   const uint32_t parts = min((rows + kRowsPerPart - 1) / kRowsPerPart, scratch.parts);
   if (parts == 0) {
-    if (blockIdx.x == 0) Combine<kHeadDim>(nullptr, 0, group, target, blockIdx.z, kv_head);
+    if (blockIdx.x == 0) combine(nullptr, nullptr, 0);
     return;
   }
   if (blockIdx.x >= parts) return;
   LoadQueries(queries, blockIdx.z, kv_head, group, shared);
   const uint32_t* const taken = scratch.taken + item * scratch.clusters;
-  float* const partials = scratch.partials + item * scratch.parts * group * (kHeadDim + 2);
+  float* const partials = scratch.partials + item * scratch.parts * group * kHeadDim;
+  float2* const partial_sums = scratch.partial_sums + item * scratch.parts * group;
   const float scale = state.block().softmax_scale * kLog2E;
   uint32_t done = 0;
   // One part a block, unless a replayed graph was captured for smaller sequences.
@@ -346,8 +389,8 @@ __global__ void __launch_bounds__(kThreads)
     WaitCopies<0>();
     __syncthreads();
     WeighValues<Storage>(shared, logits, output);
-    WritePartial(shared, output, largest, sums, group,
-                 partials + size_t{part} * group * (kHeadDim + 2));
+    WritePartial(shared, output, largest, sums, group, partials + size_t{part} * group * kHeadDim,
+                 partial_sums + part * group);
     __syncthreads();
   }
   if (parts > 1) {
@@ -365,7 +408,7 @@ __global__ void __launch_bounds__(kThreads)
     __threadfence_block();
     __syncthreads();
   }
-  Combine<kHeadDim>(partials, parts, group, target, blockIdx.z, kv_head);
+  combine(partials, partial_sums, parts);
 }
 
 template <typename Storage, int kHeadDim>

@@ -3,6 +3,8 @@
 // after the table has changed.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -26,10 +28,11 @@ struct DeviceSlot {
 
 // Memory of the layer that is being decoded, shared by the whole batch; for [slot][kv_head].
 struct DecodeScratch {
-  float* scores;     // [score_stride]: [group][clusters], then the group's keys in the first
-  uint64_t* chosen;  // [chosen_stride]: key and id of what was selected, or of victims
-  uint32_t* taken;   // [clusters]: tokens attended exactly, for the estimate
-  float* partials;   // [parts][group][head_dim + 2]: output, largest logit, sum
+  float* scores;         // [score_stride]: [group][clusters], then the group's keys in the first
+  uint64_t* chosen;      // [chosen_stride]: key and id of what was selected, or of victims
+  uint32_t* taken;       // [clusters]: tokens attended exactly, for the estimate
+  float* partials;       // [parts][group][head_dim]: output
+  float2* partial_sums;  // [parts][group]: largest logit, sum
   uint32_t* select_tickets;  // [1]: blocks that have scored
   uint32_t* attend_tickets;  // [1]: blocks that have attended
   uint32_t clusters;         // the most of any slot
@@ -44,7 +47,8 @@ struct BatchTable {
   DeviceSlot slots[kMaxBatch];
 };
 
-// What a kernel found wrong: kept in pinned memory, one of the first is kept; Synchronize reports it.
+// What a kernel found wrong: kept in pinned memory, one of the first is kept; Synchronize reports
+// it.
 enum class KernelFault : uint32_t {
   kNone = 0,
   kDamagedState = 1,     // an index in the state leads outside it

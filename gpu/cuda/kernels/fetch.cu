@@ -5,9 +5,11 @@
 //                          least recently used's) ─► rows gathered from the host store
 //
 // Without misses: a few dependent reads of L2, a handful of barriers. Misses cost the way over
-// PCIe: their rows are read straight from pinned host memory by all warps of the block, 4 KiB in
-// flight for each, whatever cluster they belong to. What is chosen, touched and evicted is what the
-// host backend would; which free slot a row gets is not determined, and shows nowhere.
+// PCIe: runs of their rows come by bulk copies into shared memory and go on to their slots, up to
+// 128 KiB in flight for each head (design D5), while the other warps write the slot table. What is
+// chosen, touched and evicted is what the host backend would; which free slot a row gets is not
+// determined, and shows nowhere.
+#include "gpu/cuda/kernels/bulk_copy.cuh"
 #include "gpu/cuda/kernels/decode_kernels.h"
 #include "gpu/cuda/kernels/state_access.cuh"
 #include "gpu/cuda/kernels/weighted_prefix.cuh"
@@ -18,9 +20,15 @@ namespace {
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kWarps = kThreads / 32;
 constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit shared memory
-constexpr uint32_t kInFlight = 8;     // 16-byte loads of a lane
+// Of the gather: lanes that copy, each with two buffers of a piece.
+constexpr uint32_t kCopyLanes = 16;
+constexpr uint32_t kPieceBytes = 4096;
+constexpr uint32_t kCopyBytes = kCopyLanes * 2 * kPieceBytes;
+[[maybe_unused]] constexpr uint32_t kInFlight =
+    8;  // 16-byte loads of a lane, where there are no bulk copies
 
 struct FetchShared {
+  SharedSlot slot;
   uint32_t hits, hit_tokens, misses, missed_tokens;
   uint32_t freed;  // free slots, going up while clusters are evicted
   bool damaged;
@@ -31,7 +39,9 @@ struct FetchShared {
   uint32_t miss_begin[kThreads + 1];
   uint32_t miss_first_row[kThreads];
   const std::byte* miss_source[kThreads];
-  PrefixShared prefix;
+  PrefixShared<kThreads> prefix;
+  uint64_t barriers[kCopyLanes][2];
+  uint32_t phases[kCopyLanes];  // a bit for each buffer: the phase that comes next
   uint32_t keys[kInShared], weights[kInShared];
 };
 
@@ -86,7 +96,7 @@ __device__ void Evict(const DeviceState& state, size_t head, uint32_t clusters, 
   const StateBlock& block = state.block();
   const ClusterEntry* const entries = state.clusters(head);
   uint32_t* const last_used = state.last_used(head);
-  const uint32_t step = state.latch().step;
+  const uint32_t step = shared.slot.latch.step;
   const bool in_shared = clusters <= kInShared;
   // Select is done with the first query head's scores; what the estimate needs stays.
   uint32_t* const keys =
@@ -101,7 +111,8 @@ __device__ void Evict(const DeviceState& state, size_t head, uint32_t clusters, 
   }
   __syncthreads();
   uint64_t* const victims = scratch.chosen + item * scratch.chosen_stride;
-  const uint32_t count = ChoosePrefix(keys, weights, clusters, needed, victims, shared.prefix);
+  const uint32_t count =
+      ChoosePrefix<kThreads>(keys, weights, clusters, needed, victims, shared.prefix);
   uint32_t* const free_slots = state.free_slots(head);
   const uint32_t* const slot_of_row = state.slot_of_row(head);
   const uint32_t lane = threadIdx.x % 32;
@@ -126,9 +137,9 @@ __device__ void Evict(const DeviceState& state, size_t head, uint32_t clusters, 
   __syncthreads();
 }
 
-// Slots for `rows` missed rows, from the stack's top, and their K and V into them. All threads.
-__device__ void Load(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
-                     uint32_t top, FetchShared& shared) {
+// Slots for `rows` missed rows, from the stack's top. All threads.
+__device__ void AssignSlots(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
+                            uint32_t top, FetchShared& shared) {
   const uint32_t cache_tokens = state.block().cache_tokens;
   const uint32_t* const free_slots = state.free_slots(head);
   uint32_t* const slot_of_row = state.slot_of_row(head);
@@ -138,9 +149,96 @@ __device__ void Load(const DeviceState& state, size_t head, uint32_t misses, uin
     if (slot >= cache_tokens) shared.damaged = true;
     slot_of_row[shared.miss_first_row[miss] + row - shared.miss_begin[miss]] = slot;
   }
-  __syncthreads();
-  if (shared.damaged) return;
-  // A cluster's rows are contiguous in the host store, and scatter over the cache.
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// K and V of the missed rows into their slots, by the first warp. A piece is up to kPieceBytes of
+// one cluster's rows, which are contiguous in the host store and scatter over the cache.
+__device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
+                       uint32_t top, std::byte* buffers, FetchShared& shared) {
+  if (threadIdx.x >= 32) return;
+  const auto row_bytes = static_cast<uint32_t>(state.row_bytes());
+  const uint32_t piece_rows = kPieceBytes / row_bytes;
+  const uint32_t lane = threadIdx.x;
+  // Pieces of each miss, summed in order: miss m's begin at piece_begin[m]. The first warp counts
+  // them into the keys, which only evicting uses, before.
+  uint32_t* const piece_begin = shared.keys;
+  uint32_t pieces = 0;
+  for (uint32_t begin = 0; begin < misses; begin += 32) {
+    const uint32_t miss = begin + lane;
+    const uint32_t end = miss + 1 < misses ? shared.miss_begin[miss + 1] : rows;
+    const uint32_t own =
+        miss < misses ? (end - shared.miss_begin[miss] + piece_rows - 1) / piece_rows : 0;
+    uint32_t sum = own;
+    for (uint32_t step = 1; step < 32; step *= 2) {
+      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (miss < misses) piece_begin[miss] = pieces + sum - own;
+    pieces += __shfl_sync(0xffffffffu, sum, 31);
+  }
+  __syncwarp();
+  if (lane >= kCopyLanes) return;
+  std::byte* const own_buffers = buffers + lane * 2 * kPieceBytes;
+  uint64_t* const barriers = shared.barriers[lane];
+  uint32_t phases = shared.phases[lane];
+  const uint32_t* const free_slots = state.free_slots(head);
+  struct Piece {
+    uint32_t first_row = 0, rows = 0;
+  };
+  const auto start = [&](uint32_t piece, uint32_t buffer) {
+    const uint32_t miss = FindMiss(piece_begin, misses, piece);
+    const uint32_t begin = shared.miss_begin[miss];
+    const uint32_t end = miss + 1 < misses ? shared.miss_begin[miss + 1] : rows;
+    const uint32_t offset = (piece - piece_begin[miss]) * piece_rows;
+    const Piece found = {begin + offset, min(piece_rows, end - begin - offset)};
+    StartBulkLoad(own_buffers + buffer * kPieceBytes,
+                  shared.miss_source[miss] + size_t{offset} * row_bytes, found.rows * row_bytes,
+                  &barriers[buffer]);
+    return found;
+  };
+  Piece in_flight[2];
+#pragma unroll
+  for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+    const uint32_t piece = lane + buffer * kCopyLanes;
+    if (piece < pieces) in_flight[buffer] = start(piece, buffer);
+  }
+  for (uint32_t piece = lane; piece < pieces; piece += 2 * kCopyLanes) {
+#pragma unroll
+    for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+      if (piece + buffer * kCopyLanes >= pieces) break;
+      WaitBarrier(&barriers[buffer], phases >> buffer & 1);
+      phases ^= 1u << buffer;
+      for (uint32_t r = 0; r < in_flight[buffer].rows; ++r) {
+        const uint32_t slot = free_slots[top - 1 - (in_flight[buffer].first_row + r)];
+        StartBulkStore(state.cache(head, slot), own_buffers + buffer * kPieceBytes + r * row_bytes,
+                       row_bytes);
+      }
+      CommitBulkStores();
+      const uint32_t next = piece + (2 + buffer) * kCopyLanes;
+      if (next >= pieces) continue;
+      WaitBulkReads();
+      in_flight[buffer] = start(next, buffer);
+    }
+  }
+  shared.phases[lane] = phases;
+  WaitBulkStores();
+}
+
+__device__ void PrepareGather(FetchShared& shared) {
+  if (threadIdx.x >= kCopyLanes) return;
+  InitBarrier(&shared.barriers[threadIdx.x][0]);
+  InitBarrier(&shared.barriers[threadIdx.x][1]);
+  shared.phases[threadIdx.x] = 0;
+}
+
+#else
+
+// By all warps, through registers.
+__device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
+                       uint32_t top, std::byte* /*buffers*/, FetchShared& shared) {
+  const uint32_t* const free_slots = state.free_slots(head);
   const auto row_words = static_cast<uint32_t>(state.row_bytes() / 16);
   const uint32_t words = rows * row_words;
   const uint32_t lane = threadIdx.x % 32;
@@ -167,19 +265,25 @@ __device__ void Load(const DeviceState& state, size_t head, uint32_t misses, uin
   }
 }
 
+__device__ void PrepareGather(FetchShared& /*shared*/) {}
+
+#endif
+
 __global__ void __launch_bounds__(kThreads)
     FetchKernel(const BatchTable* table, uint32_t layer, uint32_t* fault) {
-  __shared__ FetchShared shared;
-  const DeviceSlot* const slot = ActiveSlot(table, blockIdx.y);
-  if (slot == nullptr) return;
+  extern __shared__ __align__(128) std::byte dynamic_shared[];
+  std::byte* const buffers = dynamic_shared;
+  auto& shared = *reinterpret_cast<FetchShared*>(dynamic_shared + kCopyBytes);
+  if (EnterSlot(table, blockIdx.y, shared.slot) != Entry::kCurrent) return;
+  const DeviceSlot* const slot = &shared.slot.slot;
   const DeviceState state(*slot);
-  if (!state.IsCurrent()) return;
   const StateBlock& block = state.block();
   const uint32_t kv_head = blockIdx.x;
   const size_t head = HeadIndex(block, layer, kv_head);
   const size_t item = size_t{blockIdx.y} * gridDim.x + kv_head;
-  const uint32_t clusters = min(state.VisibleClusters(head), table->scratch.clusters);
-  const uint32_t step = state.latch().step;
+  const uint32_t clusters =
+      min(state.VisibleClusters(head, shared.slot.latch.segments), table->scratch.clusters);
+  const uint32_t step = shared.slot.latch.step;
   const uint32_t count = min(state.selected_count(kv_head), block.budget_tokens);
   const uint32_t* const selected = state.selected_cluster(kv_head);
   uint32_t* const last_used = state.last_used(head);
@@ -189,6 +293,7 @@ __global__ void __launch_bounds__(kThreads)
     shared.damaged = false;
     shared.freed = state.free_count(head);
   }
+  PrepareGather(shared);
   __syncthreads();
 
   // Hits first: what this step uses must not make room for its misses.
@@ -268,11 +373,12 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (shared.damaged) break;
-    if (totals.values[2] > 0) {
-      Load(state, head, totals.values[2], totals.values[1], free - missed_begin, shared);
+    const bool misses = totals.values[2] > 0;
+    if (misses) {
+      AssignSlots(state, head, totals.values[2], totals.values[1], free - missed_begin, shared);
       __syncthreads();
       if (shared.damaged) break;
-      if (missed) last_used[cluster] = step;
+      Gather(state, head, totals.values[2], totals.values[1], free - missed_begin, buffers, shared);
     }
     // A warp for each cluster, in turn.
     const uint32_t lane = threadIdx.x % 32;
@@ -287,6 +393,7 @@ __global__ void __launch_bounds__(kThreads)
         if (place < block.budget_tokens) slot_table[place] = cache_slot;
       }
     }
+    if (missed) last_used[cluster] = step;
     table_begin += totals.values[0];
     missed_begin += totals.values[1];
     __syncthreads();
@@ -316,7 +423,11 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchFetch(const BatchShape& shape, uint32_t layer, cudaStream_t stream) {
   const dim3 grid(shape.kv_heads, shape.count);
-  FetchKernel<<<grid, kThreads, 0, stream>>>(shape.table, layer, shape.fault);
+  constexpr int kBytes = kCopyBytes + sizeof(FetchShared);
+  const cudaError_t sized =
+      cudaFuncSetAttribute(FetchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (sized != cudaSuccess) return sized;
+  FetchKernel<<<grid, kThreads, kBytes, stream>>>(shape.table, layer, shape.fault);
   return cudaGetLastError();
 }
 

@@ -16,10 +16,12 @@
 namespace clusterkv::gpu::cuda {
 namespace {
 
-constexpr uint32_t kThreads = 256;
-constexpr uint32_t kUnroll = 4;          // centroids in flight for each group of lanes
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr uint32_t kThreads = 512;
+constexpr uint32_t kUnroll = 2;          // centroids in flight for each group of lanes
 constexpr uint32_t kLeastPerBlock = 64;  // centroids that are worth a block
-constexpr uint32_t kInShared = 2048;     // clusters whose keys and sizes fit shared memory
+constexpr uint32_t kInShared = 4096;     // clusters whose keys and sizes fit shared memory
+constexpr uint32_t kChosenInShared = 1024;
 
 template <int kHeadDim>
 __host__ __device__ constexpr uint32_t LanesPerRow() {
@@ -27,10 +29,14 @@ __host__ __device__ constexpr uint32_t LanesPerRow() {
 }
 
 struct SelectShared {
-  float queries[kMaxGroup * 256];  // scaled; [group][head_dim]
+  SharedSlot slot;
+  float queries[kMaxGroup * 256];  // scaled, in units of log2; [group][head_dim]
   float largest[kMaxGroup], inverse_sum[kMaxGroup];
+  float warp_values[kThreads / 32][kMaxGroup];
+  uint32_t taken_before;
   bool last;
-  PrefixShared prefix;
+  PrefixShared<kThreads> prefix;
+  uint64_t chosen[kChosenInShared];
   uint32_t keys[kInShared], weights[kInShared];
 };
 
@@ -100,25 +106,64 @@ __device__ void Score(const std::byte* centroids, uint32_t begin, uint32_t end, 
   }
 }
 
-// Each warp a query head: its largest score and the sum of exponentials.
-__device__ void SumExponentials(const float* scores, uint32_t stride, uint32_t clusters,
-                                uint32_t group, SelectShared& shared) {
-  const uint32_t lane = threadIdx.x % 32;
-  for (uint32_t g = threadIdx.x / 32; g < group; g += kThreads / 32) {
-    const float* const own = scores + size_t{g} * stride;
-    float largest = -FLT_MAX;
-    for (uint32_t c = lane; c < clusters; c += 32) largest = fmaxf(largest, own[c]);
+struct Larger {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Plus {
+  __device__ float operator()(float a, float b) const { return a + b; }
+};
+
+// Reduces one value of each thread for each of up to four query heads; the result to all.
+template <typename Operation>
+__device__ void ReduceHeads(float (&values)[4], SelectShared& shared, Operation operation) {
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (uint32_t h = 0; h < 4; ++h) {
     for (uint32_t step = 16; step > 0; step /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+      values[h] = operation(values[h], __shfl_xor_sync(0xffffffffu, values[h], step));
     }
-    float sum = 0.0f;
-    for (uint32_t c = lane; c < clusters; c += 32) sum += expf(own[c] - largest);
-    for (uint32_t step = 16; step > 0; step /= 2) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane == 0) shared.warp_values[warp][h] = values[h];
+  }
+  __syncthreads();
+#pragma unroll
+  for (uint32_t h = 0; h < 4; ++h) {
+    values[h] = shared.warp_values[0][h];
+    for (uint32_t w = 1; w < kThreads / 32; ++w) {
+      values[h] = operation(values[h], shared.warp_values[w][h]);
     }
-    if (lane == 0) {
-      shared.largest[g] = largest;
-      shared.inverse_sum[g] = 1.0f / sum;
+  }
+  __syncthreads();
+}
+
+// Of each query head the largest score and the sum of powers of two, four heads at a time.
+__device__ void SumPowers(const float* scores, uint32_t stride, uint32_t clusters, uint32_t group,
+                          SelectShared& shared) {
+  for (uint32_t first = 0; first < group; first += 4) {
+    const uint32_t heads = min(4u, group - first);
+    const float* const own = scores + size_t{first} * stride;
+    float largest[4] = {-FLT_MAX, -FLT_MAX, -FLT_MAX, -FLT_MAX};
+#pragma unroll 2
+    for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
+#pragma unroll
+      for (uint32_t h = 0; h < 4; ++h) {
+        if (h < heads) largest[h] = fmaxf(largest[h], own[h * size_t{stride} + c]);
+      }
+    }
+    ReduceHeads(largest, shared, Larger());
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 2
+    for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
+#pragma unroll
+      for (uint32_t h = 0; h < 4; ++h) {
+        if (h < heads) sums[h] += exp2f(own[h * size_t{stride} + c] - largest[h]);
+      }
+    }
+    ReduceHeads(sums, shared, Plus());
+#pragma unroll
+    for (uint32_t h = 0; h < 4; ++h) {
+      if (threadIdx.x != 0 || h >= heads) continue;
+      shared.largest[first + h] = largest[h];
+      shared.inverse_sum[first + h] = 1.0f / sums[h];
     }
   }
 }
@@ -136,7 +181,7 @@ __device__ float Combine(GroupRule rule, const float* scores, uint32_t stride, u
   for (uint32_t g = 0; g < group; ++g) {
     const float own = scores[size_t{g} * stride + cluster];
     if (rule == GroupRule::kSoftmax) {
-      combined += expf(own - shared.largest[g]) * shared.inverse_sum[g];
+      combined += exp2f(own - shared.largest[g]) * shared.inverse_sum[g];
     } else if (rule == GroupRule::kMax) {
       combined = fmaxf(combined, own);
     } else {
@@ -154,7 +199,7 @@ __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_hea
   const size_t head = HeadIndex(block, layer, kv_head);
   const ClusterEntry* const entries = state.clusters(head);
   const GroupRule rule = block.group;
-  if (rule == GroupRule::kSoftmax) SumExponentials(scores, stride, clusters, group, shared);
+  if (rule == GroupRule::kSoftmax) SumPowers(scores, stride, clusters, group, shared);
   __syncthreads();
   // Small enough they stay in shared memory; else the first head's scores make room for the keys.
   const bool in_shared = clusters <= kInShared;
@@ -166,8 +211,10 @@ __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_hea
     weights[c] = state.ClusterTokens(entries[c]);
   }
   __syncthreads();
-  uint32_t count = ChoosePrefix(keys, weights, clusters, budget, chosen, shared.prefix);
-  SortFalling(chosen, count);
+  // The chosen have a token each at least.
+  if (min(clusters, budget) <= kChosenInShared) chosen = shared.chosen;
+  uint32_t count = ChoosePrefix<kThreads>(keys, weights, clusters, budget, chosen, shared.prefix);
+  SortFalling<kThreads>(chosen, count);
   count = min(count, block.budget_tokens);
   if (block.estimate != 0) {
     for (uint32_t c = threadIdx.x; !in_shared && c < clusters; c += kThreads) weights[c] = 0;
@@ -188,13 +235,13 @@ __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_hea
   for (uint32_t step = 16; step > 0; step /= 2) {
     before += __shfl_xor_sync(0xffffffffu, before, step);
   }
-  if (threadIdx.x == 0) shared.prefix.left = 0;
+  if (threadIdx.x == 0) shared.taken_before = 0;
   __syncthreads();
-  if (threadIdx.x % 32 == 0 && before > 0) atomicAdd(&shared.prefix.left, before);
+  if (threadIdx.x % 32 == 0 && before > 0) atomicAdd(&shared.taken_before, before);
   __syncthreads();
   if (threadIdx.x == 0) {
     if (count > 0) {
-      const uint32_t left = budget - min(budget, shared.prefix.left);
+      const uint32_t left = budget - min(budget, shared.taken_before);
       take[count - 1] = min(take[count - 1], left);
     }
     state.selected_count(kv_head) = count;
@@ -211,15 +258,14 @@ __global__ void __launch_bounds__(kThreads)
                  uint32_t budget) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<SelectShared*>(shared_bytes);
-  const DeviceSlot* const slot = ActiveSlot(table, blockIdx.z);
-  if (slot == nullptr) return;
-  const DeviceState state(*slot);
-  if (!state.IsCurrent()) return;
+  if (EnterSlot(table, blockIdx.z, shared.slot) != Entry::kCurrent) return;
+  const DeviceState state(shared.slot.slot);
   const StateBlock& block = state.block();
   const uint32_t kv_head = blockIdx.y;
   const size_t head = HeadIndex(block, layer, kv_head);
   const DecodeScratch& scratch = table->scratch;
-  const uint32_t clusters = min(state.VisibleClusters(head), scratch.clusters);
+  const uint32_t clusters =
+      min(state.VisibleClusters(head, shared.slot.latch.segments), scratch.clusters);
   budget = min(budget, block.budget_tokens);
   const size_t item = size_t{blockIdx.z} * gridDim.y + kv_head;
   float* const scores = scratch.scores + item * scratch.score_stride;
@@ -227,7 +273,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t share = (clusters + gridDim.x - 1) / gridDim.x;
   const uint32_t begin = min(clusters, blockIdx.x * share);
   const uint32_t end = min(clusters, begin + share);
-  LoadQueries<Storage, kHeadDim>(queries, blockIdx.z, kv_head, group, block.softmax_scale,
+  LoadQueries<Storage, kHeadDim>(queries, blockIdx.z, kv_head, group, block.softmax_scale * kLog2E,
                                  shared.queries);
   __syncthreads();
   if (budget > 0) {

@@ -26,11 +26,11 @@ class DeviceState {
 
   __device__ const StateBlock& block() const { return block_; }
 
-  __device__ bool IsCurrent() const {
-    StateHeader& header = *At<StateHeader>(state_, block_.header);
-    const ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system> generation(header.generation);
-    return generation.load(::cuda::memory_order_acquire) == generation_ &&
-           header.magic == kStateMagic && header.version == block_.version;
+  // The worker learned of the generation after it was written, so no acquire is needed.
+  __device__ bool IsCurrent() const { return IsCurrent(header()); }
+  __device__ bool IsCurrent(const StateHeader& header) const {
+    return header.generation == generation_ && header.magic == kStateMagic &&
+           header.version == block_.version;
   }
   __device__ StateHeader& header() const { return *At<StateHeader>(state_, block_.header); }
   __device__ StepLatch& latch() const { return *At<StepLatch>(state_, block_.latch); }
@@ -99,9 +99,9 @@ class DeviceState {
     return At<uint32_t>(state_, block_.slot_table) + Scratch(kv_head);
   }
 
-  // Clusters of one (layer, KV head) that this step sees.
-  __device__ uint32_t VisibleClusters(size_t head) const {
-    const uint32_t segments = min(latch().segments, block_.max_segments);
+  // Clusters of one (layer, KV head) that a step of so many segments sees.
+  __device__ uint32_t VisibleClusters(size_t head, uint32_t segments) const {
+    segments = min(segments, block_.max_segments);
     if (segments == 0) return 0;
     return min(segment_runs(head)[segments - 1].cluster_end, block_.max_clusters);
   }
@@ -124,7 +124,46 @@ class DeviceState {
   const uint32_t generation_;
 };
 
-// A slot that a kernel works on: active, and its state is what the slot says. Null otherwise.
+// What a block needs of its slot, in shared memory: read from the table once, instead of a chain of
+// reads of L2 for every offset.
+struct SharedSlot {
+  DeviceSlot slot;
+  StateHeader header;
+  StepLatch latch;
+  uint32_t count;
+};
+
+enum class Entry { kSkip, kStale, kCurrent };
+
+// All threads of the block, at least 96. Two round trips to L2.
+__device__ inline Entry EnterSlot(const BatchTable* table, uint32_t index, SharedSlot& shared) {
+  constexpr uint32_t kWords = sizeof(DeviceSlot) / 4;
+  static_assert(kWords <= 95);
+  if (threadIdx.x < kWords) {
+    reinterpret_cast<uint32_t*>(&shared.slot)[threadIdx.x] =
+        reinterpret_cast<const uint32_t*>(table->slots + index)[threadIdx.x];
+  } else if (threadIdx.x == 95) {
+    shared.count = table->count;
+  }
+  __syncthreads();
+  if (index >= shared.count || shared.slot.active == 0 || shared.slot.state == nullptr) {
+    return Entry::kSkip;
+  }
+  const std::byte* const state = shared.slot.state;
+  constexpr uint32_t kHeaderWords = sizeof(StateHeader) / 4, kLatchWords = sizeof(StepLatch) / 4;
+  if (threadIdx.x < kHeaderWords) {
+    reinterpret_cast<uint32_t*>(&shared.header)[threadIdx.x] =
+        reinterpret_cast<const uint32_t*>(state + shared.slot.block.header)[threadIdx.x];
+  } else if (threadIdx.x < kHeaderWords + kLatchWords) {
+    const uint32_t word = threadIdx.x - kHeaderWords;
+    reinterpret_cast<uint32_t*>(&shared.latch)[word] =
+        reinterpret_cast<const uint32_t*>(state + shared.slot.block.latch)[word];
+  }
+  __syncthreads();
+  return DeviceState(shared.slot).IsCurrent(shared.header) ? Entry::kCurrent : Entry::kStale;
+}
+
+// A slot that a thread works on: active, and its state is what the slot says. Null otherwise.
 __device__ inline const DeviceSlot* ActiveSlot(const BatchTable* table, uint32_t index) {
   if (index >= table->count) return nullptr;
   const DeviceSlot& slot = table->slots[index];

@@ -1,9 +1,11 @@
 // The shortest prefix, in falling (key, then rising id), whose weights reach a goal: the clusters
 // of the highest score that fill a budget, or the least recently used that free enough room.
 //
-// A radix search over the keys' four bytes finds the key at which the goal is reached; then the
-// items above it are collected in any order, and ties at it in the order of their ids. One block
-// does it: 4 passes over the items, about 6 barriers each; no sort of more than what was chosen.
+// One block does it. A search over the keys' bits, two at a time, finds the key at which the goal
+// is reached: each of the 16 rounds sums the weights at or above three candidates, over keys that
+// threads hold in registers, without atomics and with one barrier. Then the items above that key
+// are collected in any order, and ties at it in the order of their ids; no more is sorted than
+// chosen.
 #pragma once
 
 #include <cstdint>
@@ -18,87 +20,117 @@ __device__ inline uint32_t ItemId(uint64_t item) {
   return 0xffffffffu - static_cast<uint32_t>(item);
 }
 
+template <uint32_t kThreads>
 struct PrefixShared {
-  uint32_t histogram[256];
-  uint32_t digit, left, count, ties, first_tie;
-  bool all;
+  uint32_t sums[2][3][kThreads / 32];  // of the warps; rounds take turns
+  uint32_t count, ties, first_tie;
 };
 
+// Up to kPerThread x kThreads items stay in registers; of more, keys and weights are read each
+// round.
+constexpr uint32_t kPerThread = 16;
+
 // keys, weights: [n]; key 0 or weight 0: not an item. chosen: room for every item that could be.
-// Returns how many were chosen, in no order. All threads of the block call it.
-__device__ inline uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, uint32_t n,
-                                        uint32_t goal, uint64_t* chosen, PrefixShared& shared) {
-  const uint32_t lane = threadIdx.x % 32;
-  uint32_t prefix = 0, mask = 0;
+// Returns how many were chosen, in no order. All kThreads threads of the block call it.
+template <uint32_t kThreads>
+__device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, uint32_t n,
+                                 uint32_t goal, uint64_t* chosen, PrefixShared<kThreads>& shared) {
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t rounds_per_thread = (n + kThreads - 1) / kThreads;
+  const bool in_registers = rounds_per_thread <= kPerThread;
+  uint32_t own_keys[kPerThread], own_weights[kPerThread];
+#pragma unroll
+  for (uint32_t j = 0; j < kPerThread; ++j) {
+    const uint32_t i = j * kThreads + threadIdx.x;
+    own_keys[j] = in_registers && i < n ? keys[i] : 0;
+    own_weights[j] = in_registers && i < n ? weights[i] : 0;
+  }
   if (threadIdx.x == 0) {
-    shared.left = goal;
-    shared.all = false;
     shared.count = shared.ties = 0;
     shared.first_tie = 0xffffffffu;
   }
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (uint32_t i = threadIdx.x; i < 256; i += blockDim.x) shared.histogram[i] = 0;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-      const uint32_t key = keys[i];
-      if (key != 0 && (key & mask) == prefix) {
-        atomicAdd(&shared.histogram[key >> shift & 255], weights[i]);
+  // The largest key that still reaches the goal, bits from above; 0 if all together do not.
+  uint32_t threshold = 0;
+  for (int shift = 30; shift >= 0; shift -= 2) {
+    uint32_t sums[3] = {0, 0, 0};
+    const auto add = [&](uint32_t key, uint32_t weight) {
+#pragma unroll
+      for (uint32_t c = 0; c < 3; ++c) {
+        if (key != 0 && key >= (threshold | (c + 1) << shift)) sums[c] += weight;
       }
+    };
+    if (in_registers) {
+#pragma unroll
+      for (uint32_t j = 0; j < kPerThread; ++j) {
+        if (j < rounds_per_thread) add(own_keys[j], own_weights[j]);
+      }
+    } else {
+      for (uint32_t i = threadIdx.x; i < n; i += kThreads) add(keys[i], weights[i]);
+    }
+    auto& warp_sums = shared.sums[(shift / 2) % 2];
+#pragma unroll
+    for (uint32_t c = 0; c < 3; ++c) {
+      const uint32_t sum = __reduce_add_sync(0xffffffffu, sums[c]);
+      if (lane == 0) warp_sums[c][warp] = sum;
     }
     __syncthreads();
-    if (threadIdx.x < 32) {
-      // Lane l holds the 8 bins that fall from 255 - 8 l.
-      const uint32_t top = 255 - 8 * lane;
-      uint32_t own = 0;
-      for (uint32_t b = 0; b < 8; ++b) own += shared.histogram[top - b];
-      uint32_t sum = own;
-      for (uint32_t step = 1; step < 32; step *= 2) {
-        const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += other;
-      }
-      const uint32_t left = shared.left;
-      const uint32_t reached = __ballot_sync(0xffffffffu, sum >= left);
-      __syncwarp();
-      if (reached == 0) {
-        if (lane == 0) shared.all = true;  // only in the first pass: later the goal is in the bin
-      } else if (lane == static_cast<uint32_t>(__ffs(static_cast<int>(reached)) - 1)) {
-        uint32_t before = sum - own;
-        for (uint32_t b = 0; b < 8; ++b) {
-          const uint32_t weight = shared.histogram[top - b];
-          if (before + weight >= left) {
-            shared.digit = top - b;
-            break;
-          }
-          before += weight;
-        }
-        shared.left = left - before;
-      }
+    uint32_t totals[3] = {0, 0, 0};
+#pragma unroll
+    for (uint32_t w = 0; w < kThreads / 32; ++w) {
+#pragma unroll
+      for (uint32_t c = 0; c < 3; ++c) totals[c] += warp_sums[c][w];
     }
-    __syncthreads();
-    if (shared.all) break;
-    prefix |= shared.digit << shift;
-    mask |= 255u << shift;
+    uint32_t digit = 0;
+    for (uint32_t c = 0; c < 3; ++c) {
+      if (totals[c] >= goal) digit = c + 1;
+    }
+    threshold |= digit << shift;
   }
-  const bool all = shared.all;
-  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const uint32_t key = keys[i];
-    if (key == 0 || weights[i] == 0) continue;
-    if (all || key > prefix) {
+  uint32_t above = 0;  // weight of the larger keys
+  if (threshold != 0) {
+    const auto add = [&](uint32_t key, uint32_t weight) {
+      if (key > threshold) above += weight;
+    };
+    if (in_registers) {
+#pragma unroll
+      for (uint32_t j = 0; j < kPerThread; ++j) {
+        if (j < rounds_per_thread) add(own_keys[j], own_weights[j]);
+      }
+    } else {
+      for (uint32_t i = threadIdx.x; i < n; i += kThreads) add(keys[i], weights[i]);
+    }
+    above = __reduce_add_sync(0xffffffffu, above);
+    __syncthreads();
+    if (lane == 0) shared.sums[0][0][warp] = above;
+    __syncthreads();
+    above = 0;
+    for (uint32_t w = 0; w < kThreads / 32; ++w) above += shared.sums[0][0][w];
+  }
+  const auto collect = [&](uint32_t i, uint32_t key, uint32_t weight) {
+    if (key == 0 || weight == 0 || key < threshold) return;
+    if (key > threshold) {
       chosen[atomicAdd(&shared.count, 1u)] = ChosenItem(key, i);
-    } else if (key == prefix) {
+    } else {
       atomicAdd(&shared.ties, 1u);
       atomicMin(&shared.first_tie, i);
     }
+  };
+  if (in_registers) {
+#pragma unroll
+    for (uint32_t j = 0; j < kPerThread; ++j) {
+      if (j < rounds_per_thread) collect(j * kThreads + threadIdx.x, own_keys[j], own_weights[j]);
+    }
+  } else {
+    for (uint32_t i = threadIdx.x; i < n; i += kThreads) collect(i, keys[i], weights[i]);
   }
   __syncthreads();
-  if (all) return shared.count;
   if (shared.ties == 1) {
-    if (threadIdx.x == 0) chosen[shared.count++] = ChosenItem(prefix, shared.first_tie);
-  } else if (threadIdx.x < 32) {
-    uint32_t left = shared.left;
+    if (threadIdx.x == 0) chosen[shared.count++] = ChosenItem(threshold, shared.first_tie);
+  } else if (shared.ties > 1 && threadIdx.x < 32) {
+    uint32_t left = goal - min(goal, above);
     for (uint32_t begin = shared.first_tie / 32 * 32; begin < n && left > 0; begin += 32) {
       const uint32_t i = begin + lane;
-      const bool tie = i < n && keys[i] == prefix && weights[i] != 0;
+      const bool tie = i < n && keys[i] == threshold && weights[i] != 0;
       const uint32_t weight = tie ? weights[i] : 0;
       uint32_t sum = weight;
       for (uint32_t step = 1; step < 32; step *= 2) {
@@ -106,9 +138,8 @@ __device__ inline uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* we
         if (lane >= step) sum += other;
       }
       const bool taken = tie && sum - weight < left;
-      if (taken) chosen[atomicAdd(&shared.count, 1u)] = ChosenItem(prefix, i);
-      const uint32_t total = __shfl_sync(0xffffffffu, sum, 31);
-      left -= min(left, total);
+      if (taken) chosen[atomicAdd(&shared.count, 1u)] = ChosenItem(threshold, i);
+      left -= min(left, __shfl_sync(0xffffffffu, sum, 31));
     }
   }
   __syncthreads();
@@ -116,15 +147,17 @@ __device__ inline uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* we
 }
 
 // Falling. `count` items in place, with room for the next power of two; all threads of the block
-// call it. Up to kRanked items are ranked
-// against each other, more take a bitonic network.
-__device__ inline void SortFalling(uint64_t* items, uint32_t count) {
+// call it. Up to a block's worth of items are ranked against each other, more take a bitonic
+// network.
+template <uint32_t kThreads>
+__device__ void SortFalling(uint64_t* items, uint32_t count) {
   constexpr uint32_t kRanked = 256;
-  if (count <= kRanked && count <= blockDim.x) {
+  if (count <= kRanked && count <= kThreads) {
     uint64_t own = 0;
     uint32_t rank = 0;
     if (threadIdx.x < count) {
       own = items[threadIdx.x];
+#pragma unroll 8
       for (uint32_t i = 0; i < count; ++i) rank += items[i] > own ? 1 : 0;
     }
     __syncthreads();
@@ -134,11 +167,11 @@ __device__ inline void SortFalling(uint64_t* items, uint32_t count) {
   }
   uint32_t size = 1;
   while (size < count) size *= 2;
-  for (uint32_t i = count + threadIdx.x; i < size; i += blockDim.x) items[i] = 0;
+  for (uint32_t i = count + threadIdx.x; i < size; i += kThreads) items[i] = 0;
   __syncthreads();
   for (uint32_t run = 2; run <= size; run *= 2) {
     for (uint32_t step = run / 2; step > 0; step /= 2) {
-      for (uint32_t i = threadIdx.x; i < size; i += blockDim.x) {
+      for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
         const uint32_t partner = i ^ step;
         if (partner <= i) continue;
         const uint64_t a = items[i];

@@ -82,6 +82,8 @@ class FakeBatch final : public DecodeBatch {
   FakeBatch(FakeService& service, const std::vector<Sequence*>& sequences)
       : service_(service), sequences_(sequences) {}
 
+  absl::Status Prepare(uint32_t) override { return absl::OkStatus(); }
+  absl::Status Complete() override { return absl::OkStatus(); }
   absl::Status Begin(uint32_t) override {
     if (const absl::Status status = std::exchange(service_.begin_once, absl::OkStatus());
         !status.ok()) {
