@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "client/bench/bench_run.h"
+#include "client/bench/cores.h"
 #include "client/bench/key_model.h"
 #include "client/client.h"
 #include "client/client_session.h"
@@ -112,8 +112,7 @@ class ServedBench {
     const size_t half = shape_.row_bytes() / 2;
     CKV_ASSIGN_OR_RETURN(tokens_kv_, device.AllocatePinned(2 * plane_bytes()));
     const KeyModel model(shape_, tokens_, run_.options.seed);
-    gpu::host::ThreadPool threads(
-        static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+    gpu::host::ThreadPool threads(UsableCores());
     threads.ParallelFor(shape_.kv_heads, [&](size_t head) {
       std::vector<std::byte> rows(tokens_ * shape_.row_bytes());
       model.WriteRows(static_cast<uint32_t>(head), 0, tokens_, rows.data());
