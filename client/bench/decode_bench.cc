@@ -214,7 +214,7 @@ class DecodeBench {
   // `attention` is all layers'; the weights are read once, and multiplied with each sequence's
   // activations. Activations themselves are not counted.
   absl::StatusOr<Decoded> AddRow(Json shape, uint32_t batch, std::vector<double> samples,
-                                 const Work& attention, Json extra) {
+                                 const Work& attention, const Json& extra) {
     Work work = attention;
     work.device_bytes += kBytesOfWeight * size_.weights();
     work.flops += 2.0 * size_.weights() * batch;
