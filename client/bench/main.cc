@@ -71,7 +71,7 @@ absl::Status Run(const BenchOptions& options) {
   report.seed = options.seed;
   report.repeats = options.repeats;
   report.preset = options.preset;
-  const absl::Status measured = Measure({options, *backend, report});
+  absl::Status measured = Measure({options, *backend, report});
   if (measured.code() == absl::StatusCode::kCancelled) return measured;
   // What was measured before an error is told all the same.
   const std::string text =

@@ -136,7 +136,7 @@ class ServedBench {
       }
     }
     CKV_RETURN_IF_ERROR(stream.CopyAsync(queries_->data(), staged->data(), queries_->bytes()));
-    for (const size_t plane : {0, 1}) {
+    for (size_t plane = 0; plane < 2; ++plane) {
       CKV_RETURN_IF_ERROR(stream.CopyAsync(token_->data() + plane * shape_.kv_heads * half,
                                            tokens_kv_->data() + plane * plane_bytes(),
                                            shape_.kv_heads * half));
@@ -191,6 +191,7 @@ class ServedBench {
   absl::StatusOr<std::vector<double>> TimeDirect(
       Client& client, const std::vector<std::unique_ptr<Sequence>>& sequences) const {
     std::vector<Sequence*> members;
+    members.reserve(sequences.size());
     for (const auto& sequence : sequences) members.push_back(sequence.get());
     CKV_ASSIGN_OR_RETURN(const auto batch,
                          client.CreateBatch(members, {.stream = run_.backend.native_stream()}));
