@@ -3,18 +3,16 @@
 
     cache_policies.py TRACE [--replay clusterkv-replay] [--output cache_policies.md] [--plot FILE]
 
-Replays the trace once for each preset with a budget of all its tokens; from what that selects come
-the clusters and every smaller budget's selections (cache_simulation.py says how). Then simulates
-each (layer, KV head)'s cache: LRU, as the product has it; Belady's rule, which knows the future;
-the paper's cache, which keeps what the last one or two steps selected; and other policies where LRU
-is more than --points below Belady.
+Replays the trace for each preset with a budget of all its tokens, and again with queries of zeros;
+from what they select come the clusters, their numbers and every smaller budget's selections
+(cache_simulation.py says how). Then simulates each (layer, KV head)'s cache: LRU, as the product
+has it; Belady's rule, which knows the future; the paper's cache, which keeps what the last one or
+two steps selected; and other policies where LRU is more than --points below Belady.
 
 Sizes are in budgets, or "least" (2 budgets + the largest cluster, the smallest cache_tokens there
 are) and "auto" (4 budgets + the largest cluster: cache_tokens 0). Where the product has a size it
-is replayed too: the selections must be the same, and its hit rate that of the simulated LRU within
---tolerance, in every layer. It cannot be the very same, because among clusters last used at the
-same step the product evicts the one with the lowest number first, and numbers are in no dump;
---numberings shows what they can do.
+is replayed too: its selections must be the same, and its hit rates and bytes those of the simulated
+LRU within --tolerance, in every layer.
 
 Deterministic: the same programs, trace and options give the same table. Needs numpy; --plot needs
 matplotlib. Exit codes: 0 ok, 1 a replay failed or differs from the simulation, 2 usage, 5 bad input
@@ -29,8 +27,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-
-import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "reference"))
@@ -75,20 +71,32 @@ class Recording:
 
 
 def read_header(path):
-    """(metadata, tensors) of a safetensors file."""
+    """(metadata, tensors, where their data begins) of a safetensors file."""
     try:
         with open(path, "rb") as source:
             header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-        return header.pop("__metadata__"), header
+            return header.pop("__metadata__"), header, source.tell()
     except (OSError, ValueError, KeyError, AttributeError, OverflowError, MemoryError) as error:
         raise InputError(f"{path}: not a KV trace: {error!r}") from error
 
 
-def replay(options, preset, budget, cache_tokens):
+def write_without_queries(path, tensors, begin, target):
+    """Copies a trace; its queries are zeros."""
+    with open(path, "rb") as source:
+        data = bytearray(source.read())
+    for name, tensor in tensors.items():
+        if name.endswith(".q"):
+            first, end = (begin + offset for offset in tensor["data_offsets"])
+            data[first:end] = bytes(end - first)
+    with open(target, "wb") as out:
+        out.write(data)
+
+
+def replay(options, trace, preset, budget, cache_tokens):
     """(report, {layer: selected [steps, kv_heads, budget]}) of one run of clusterkv."""
     with tempfile.TemporaryDirectory() as folder:
         dump = os.path.join(folder, "outputs.safetensors")
-        command = [options.replay, options.trace, "--methods", "clusterkv", "--format", "json",
+        command = [options.replay, trace, "--methods", "clusterkv", "--format", "json",
                    "--preset", preset, "--budgets", str(budget), "--seed", str(options.seed),
                    "--cache-tokens", str(cache_tokens), "--dump-outputs", dump]
         if options.steps:
@@ -104,13 +112,18 @@ def replay(options, preset, budget, cache_tokens):
 
 
 def record(options, preset):
-    metadata, tensors = read_header(options.trace)
-    report, selected = replay(
-        options, preset, int(metadata["prompt_tokens"]) + int(metadata["decode_tokens"]), 0)
+    metadata, tensors, begin = read_header(options.trace)
+    tokens = int(metadata["prompt_tokens"]) + int(metadata["decode_tokens"])
+    report, selected = replay(options, options.trace, preset, tokens, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = os.path.join(folder, "without-queries.safetensors")
+        write_without_queries(options.trace, tensors, begin, trace)
+        numbered = {layer: positions[-1]
+                    for layer, positions in replay(options, trace, preset, tokens, 0)[1].items()}
     heads = {}
     for layer, positions in selected.items():
-        for head in range(positions.shape[1]):
-            heads[layer, head] = cache.recover(positions[:, head])
+        for head, order in enumerate(numbered[layer]):
+            heads[layer, head] = cache.recover(positions[:, head], order[order >= 0])
     keys = tensors[f"layers.{min(selected)}.k"]
     return Recording(report["preset"], heads,
                      2 * keys["shape"][-1] * ELEMENT_BYTES[keys["dtype"]])
@@ -134,19 +147,6 @@ class BudgetStudy:
     def simulate(self, capacity, policy, bypass=False):
         return self._by_layer(lambda head, selections: cache.simulate(head, selections, capacity,
                                                                       policy, bypass))
-
-    def renumbered(self, capacity, times):
-        """{layer: LRU's hit rates, each with the clusters numbered anew}; empty for 0 times."""
-        random = np.random.default_rng(0)
-        rates = {}
-        for _ in range(times):
-            def outcome_of(head, _):
-                head = cache.renumber(head, random)
-                return cache.simulate(head, cache.select(head, self.budget), capacity, cache.Lru)
-
-            for layer, outcome in self._by_layer(outcome_of).items():
-                rates.setdefault(layer, []).append(rate(outcome))
-        return rates
 
     def keep_last(self, steps):
         """({layer: Outcome}, most tokens that one (layer, KV head) holds)."""
@@ -196,24 +196,25 @@ def missed_tokens(outcomes):
 
 
 def compare_with_product(options, study, tokens, lru):
-    """The product's hit rate at this size; StudyError if it is not the simulated one."""
+    """The product's hit rate at this size, and how far at most it and the bytes are from the
+    simulated ones; StudyError if that is too far."""
     preset = study.recording.preset["name"]
-    report, selected = replay(options, preset, study.budget, tokens)
+    report, selected = replay(options, options.trace, preset, study.budget, tokens)
     study.check_selections(selected)
     rows = {row["layer"]: row for row in report["results"]}
+    largest = 0.0
     for layer, outcome in lru.items():
-        difference = abs(rows[layer]["hit_rate"] - rate(outcome))
-        if not difference <= options.tolerance:
-            raise StudyError(f"preset {preset}, budget {study.budget}, {tokens} tokens, layer "
-                             f"{layer}: the product's hit rate is {rows[layer]['hit_rate']:.5f}, "
-                             f"the simulated LRU's {rate(outcome):.5f}")
-    bytes_per_step = missed_tokens(lru) * study.recording.row_bytes
-    renumbered = study.renumbered(tokens, options.numberings)
-    return {"hit_rate": rows["all"]["hit_rate"],
-            "difference": max(abs(rows[layer]["hit_rate"] - rate(lru[layer])) for layer in lru),
-            "bytes_ratio": bytes_per_step / max(1, rows["all"]["host_bytes_per_step"]),
-            "spread": max((max(rates) - min(rates) for rates in renumbered.values()), default=0)}
-
+        simulated = outcome.missed_tokens.mean() * study.recording.row_bytes
+        for name, ours, product in (
+                ("hit rate", rate(outcome), rows[layer]["hit_rate"]),
+                ("bytes per step", simulated, rows[layer]["host_bytes_per_step"])):
+            difference = abs(product - ours) / max(1.0, ours)
+            if not difference <= options.tolerance:
+                raise StudyError(f"preset {preset}, budget {study.budget}, {tokens} tokens, layer "
+                                 f"{layer}: the product's {name} is {product:.7g}, the simulated "
+                                 f"LRU's {ours:.7g}")
+            largest = max(largest, difference)
+    return {"hit_rate": rows["all"]["hit_rate"], "difference": largest}
 
 def study_size(options, study, name, tokens):
     """One line of the main table, and what the other tables need."""
@@ -300,10 +301,8 @@ def parse_arguments(arguments):
     parser.add_argument("--ranges", type=int, default=4, help="of steps, judged apart as well")
     parser.add_argument("--points", type=float, default=3.0,
                         help="try other policies where LRU is further below Belady")
-    parser.add_argument("--tolerance", type=float, default=1e-3,
-                        help="between the product's and the simulated hit rate")
-    parser.add_argument("--numberings", type=int, default=0,
-                        help="random numberings of the clusters under which LRU is simulated too")
+    parser.add_argument("--tolerance", type=float, default=1e-9,
+                        help="between the product and the simulation; of bytes relative")
     parser.add_argument("--output", help="write the tables here instead of to stdout")
     parser.add_argument("--plot", help="also draw hit rate over size (.svg or .png; matplotlib)")
     options = parser.parse_args(arguments)
@@ -314,9 +313,8 @@ def parse_arguments(arguments):
             fits = False
         if not fits:
             parser.error(f"--sizes: {size} is neither a number above 0 nor least or auto")
-    if (min(options.budgets) < 1 or options.ranges < 1 or options.steps < 0
-            or options.numberings < 0):
-        parser.error("--budgets and --ranges must be above 0, --steps and --numberings not below")
+    if min(options.budgets) < 1 or options.ranges < 1 or options.steps < 0:
+        parser.error("--budgets and --ranges must be above 0, --steps not negative")
     return options
 
 

@@ -10,7 +10,8 @@ may be evicted like any other, as if they were attended from a buffer beside the
 Clusters are not in clusterkv-replay's dump, but with a budget of all tokens a dump is a ranking of
 all clusters, each whole: `recover` takes it apart. The selection at any budget is then the shortest
 prefix of that ranking with as many tokens (`select`). Of that the last cluster is attended to in
-part and cached whole.
+part and cached whole. A ranking under queries of zeros, where all scores are equal, is the order of
+the clusters' numbers.
 """
 
 import collections
@@ -34,14 +35,14 @@ class Head:
     positions: list = None  # of each cluster's tokens
 
 
-def recover(positions):
+def recover(positions, numbered):
     """Head of `positions` [steps, budget]: per step all candidates, in falling cluster score, -1
-    beyond the last.
+    beyond the last; and of `numbered`, all candidates of the last step in order of cluster number.
 
     A cluster's tokens stand together at every step, in rising position. So position q belongs to
     the cluster of p < q if both became candidates at the same step and q has followed p ever since.
     Two clusters that are neighbours at every step would be taken for one; comparing the simulated
-    LRU with the product's hits and bytes would show it, since both count clusters and tokens.
+    LRU with the product's hits and bytes would show it, since they count clusters and tokens.
     """
     steps, width = positions.shape
     tokens = int(positions.max(initial=-1)) + 1
@@ -61,22 +62,28 @@ def recover(positions):
         follower[listed[follower[listed] != following]] = -1
     joined = follower > np.arange(tokens)
     joined[joined] = first[follower[joined]] == first[joined.nonzero()[0]]
-    return _chains(positions, first < steps, np.where(joined, follower, -1))
+    candidates = (first < steps).nonzero()[0]
+    if not np.array_equal(np.sort(numbered), candidates):
+        raise RecoveryError("the numbered candidates are others than the last step's")
+    return _chains(positions, numbered, np.where(joined, follower, -1))
 
 
-def _chains(positions, candidate, follower):
-    """Head of clusters that are chains of followers, numbered by their first positions."""
+def _chains(positions, numbered, follower):
+    """Head of clusters that are chains of followers."""
     cluster = np.full(follower.size, -1)
-    heads = candidate.copy()
+    heads = np.zeros(follower.size, bool)
+    heads[numbered] = True
     heads[follower[follower >= 0]] = False
     clusters = []
-    for position in heads.nonzero()[0]:
+    for position in numbered[heads[numbered]]:
         chain = []
         while position >= 0:
             cluster[position] = len(clusters)
             chain.append(int(position))
             position = follower[position]
         clusters.append(chain)
+    if list(itertools.chain(*clusters)) != numbered.tolist():
+        raise RecoveryError("the numbered candidates are in clusters of their own")
     rankings = [cluster[listed[heads[listed]]].tolist()
                 for listed in (row[row >= 0] for row in positions)]
     return Head([len(chain) for chain in clusters], rankings, clusters)
@@ -94,21 +101,12 @@ def select(head, budget):
     return selections
 
 
-def renumber(head, random):
-    """The same Head with its clusters numbered at random (numpy's Generator)."""
-    numbers = random.permutation(len(head.sizes))
-    sizes = [0] * len(head.sizes)
-    for cluster, size in enumerate(head.sizes):
-        sizes[numbers[cluster]] = size
-    return Head(sizes, [[int(numbers[cluster]) for cluster in row] for row in head.rankings])
-
-
 class Lru:
     """Least recently used, and the base of all policies.
 
     A policy orders the clusters of one cache by how much they are worth keeping: `uses` sees every
     step, `value` is asked only afterwards, and the least goes first. Of equals the lower number
-    does, as in the product, whose numbers within a segment are others.
+    does, as in the product.
     """
 
     def __init__(self, head, selections, capacity):

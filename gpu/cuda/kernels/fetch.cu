@@ -24,6 +24,7 @@ constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit share
 constexpr uint32_t kCopyLanes = 16;
 constexpr uint32_t kPieceBytes = 4096;
 constexpr uint32_t kCopyBytes = kCopyLanes * 2 * kPieceBytes;
+constexpr uint32_t kMostPieceRows = kPieceBytes / 256;  // of head_dim 64
 [[maybe_unused]] constexpr uint32_t kInFlight =
     8;  // 16-byte loads of a lane, where there are no bulk copies
 
@@ -74,9 +75,11 @@ __device__ Sums ExclusiveSums(const Sums& own, Sums& totals, FetchShared& shared
   return before;
 }
 
+// Relaxed: the chunk was mapped before the segment was published that begin-step has acquired. (An
+// acquire over PCIe costs a microsecond, one block after the other.)
 __device__ const std::byte* LoadHostChunk(const std::byte* const* chunks, uint32_t chunk) {
   const std::byte* address;
-  asm volatile("ld.acquire.sys.u64 %0, [%1];" : "=l"(address) : "l"(chunks + chunk) : "memory");
+  asm volatile("ld.relaxed.sys.u64 %0, [%1];" : "=l"(address) : "l"(chunks + chunk) : "memory");
   return address;
 }
 
@@ -185,17 +188,24 @@ __device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, u
   uint32_t phases = shared.phases[lane];
   const uint32_t* const free_slots = state.free_slots(head);
   struct Piece {
-    uint32_t first_row = 0, rows = 0;
+    uint32_t rows = 0;
+    uint32_t slots[kMostPieceRows];
   };
   const auto start = [&](uint32_t piece, uint32_t buffer) {
     const uint32_t miss = FindMiss(piece_begin, misses, piece);
     const uint32_t begin = shared.miss_begin[miss];
     const uint32_t end = miss + 1 < misses ? shared.miss_begin[miss + 1] : rows;
     const uint32_t offset = (piece - piece_begin[miss]) * piece_rows;
-    const Piece found = {begin + offset, min(piece_rows, end - begin - offset)};
+    Piece found;
+    found.rows = min(piece_rows, end - begin - offset);
     StartBulkLoad(own_buffers + buffer * kPieceBytes,
                   shared.miss_source[miss] + size_t{offset} * row_bytes, found.rows * row_bytes,
                   &barriers[buffer]);
+    // While the rows are on their way.
+#pragma unroll
+    for (uint32_t r = 0; r < kMostPieceRows; ++r) {
+      if (r < found.rows) found.slots[r] = free_slots[top - 1 - (begin + offset + r)];
+    }
     return found;
   };
   Piece in_flight[2];
@@ -210,10 +220,11 @@ __device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, u
       if (piece + buffer * kCopyLanes >= pieces) break;
       WaitBarrier(&barriers[buffer], phases >> buffer & 1);
       phases ^= 1u << buffer;
-      for (uint32_t r = 0; r < in_flight[buffer].rows; ++r) {
-        const uint32_t slot = free_slots[top - 1 - (in_flight[buffer].first_row + r)];
-        StartBulkStore(state.cache(head, slot), own_buffers + buffer * kPieceBytes + r * row_bytes,
-                       row_bytes);
+#pragma unroll
+      for (uint32_t r = 0; r < kMostPieceRows; ++r) {
+        if (r >= in_flight[buffer].rows) continue;
+        StartBulkStore(state.cache(head, in_flight[buffer].slots[r]),
+                       own_buffers + buffer * kPieceBytes + r * row_bytes, row_bytes);
       }
       CommitBulkStores();
       const uint32_t next = piece + (2 + buffer) * kCopyLanes;

@@ -29,12 +29,12 @@ __host__ __device__ constexpr uint32_t LanesPerRow() {
 }
 
 struct SelectShared {
-  SharedSlot slot;
-  float queries[kMaxGroup * 256];  // scaled, in units of log2; [group][head_dim]
+  alignas(16) float queries[kMaxGroup * 256];  // scaled, in units of log2; [group][head_dim]
   float largest[kMaxGroup], inverse_sum[kMaxGroup];
   float warp_values[kThreads / 32][kMaxGroup];
   uint32_t taken_before;
   bool last;
+  SharedSlot slot;
   PrefixShared<kThreads> prefix;
   uint64_t chosen[kChosenInShared];
   uint32_t keys[kInShared], weights[kInShared];
