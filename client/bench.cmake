@@ -6,6 +6,7 @@ add_library(clusterkv_bench STATIC
   ${BENCH_DIR}/ceiling_bench.cc
   ${BENCH_DIR}/ceilings.cc
   ${BENCH_DIR}/cluster_bench.cc
+  ${BENCH_DIR}/cores.cc
   ${BENCH_DIR}/decode_bench.cc
   ${BENCH_DIR}/fma_peak.cc
   ${BENCH_DIR}/forced_misses.cc

@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cstring>
 #include <random>
-#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "client/bench/bench_run.h"
+#include "client/bench/cores.h"
 #include "client/bench/key_model.h"
 #include "client/bench/pinned_region.h"
 #include "gpu/cluster_ops.h"
@@ -41,8 +41,7 @@ absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> MakeRows(const BenchRun& run,
   CKV_ASSIGN_OR_RETURN(auto rows, device.Allocate(problems * run_bytes));
   CKV_ASSIGN_OR_RETURN(const auto staged, device.AllocatePinned(distinct * run_bytes));
   const KeyModel model(shape, tokens, run.options.seed);
-  gpu::host::ThreadPool threads(
-      static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  gpu::host::ThreadPool threads(UsableCores());
   threads.ParallelFor(distinct, [&](size_t p) {
     model.WriteRows(static_cast<uint32_t>(p), 0, tokens, staged->data() + p * run_bytes);
   });
@@ -136,8 +135,7 @@ absl::Status MeasurePermute(const BenchRun& run) {
   CKV_ASSIGN_OR_RETURN(const auto rows, MakeRows(run, shape, problems, tokens));
   CKV_ASSIGN_OR_RETURN(const auto workspace, device.Allocate(problems * run_bytes));
   CKV_ASSIGN_OR_RETURN(const auto orders, device.Allocate(problems * order_bytes));
-  gpu::host::ThreadPool threads(
-      static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  gpu::host::ThreadPool threads(UsableCores());
   CKV_ASSIGN_OR_RETURN(const auto store,
                        PinnedRegion::Create(device, threads, problems * (run_bytes + order_bytes)));
   gpu::PermuteArgs args;

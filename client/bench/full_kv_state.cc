@@ -1,9 +1,9 @@
 #include "client/bench/full_kv_state.h"
 
 #include <algorithm>
-#include <thread>
 #include <utility>
 
+#include "client/bench/cores.h"
 #include "client/bench/key_model.h"
 #include "gpu/cluster_ops.h"
 #include "gpu/host/thread_pool.h"
@@ -44,8 +44,7 @@ absl::StatusOr<std::unique_ptr<FullKvState>> FullKvState::Create(Backend& backen
   CKV_ASSIGN_OR_RETURN(
       state->rows_, backend.device().AllocatePinned(shape.kv_heads * tokens * shape.row_bytes()));
   const KeyModel model(shape, tokens, seed);
-  gpu::host::ThreadPool threads(
-      static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  gpu::host::ThreadPool threads(UsableCores());
   threads.ParallelFor(shape.kv_heads, [&](size_t head) {
     model.WriteRows(static_cast<uint32_t>(head), 0, tokens,
                     state->rows_->data() + head * tokens * shape.row_bytes());

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <numeric>
 #include <random>
-#include <thread>
 
 #include "client/bench/bench_run.h"
+#include "client/bench/cores.h"
 #include "client/bench/pinned_region.h"
 #include "gpu/cluster_ops.h"
 #include "gpu/dtype.h"
@@ -57,8 +57,7 @@ class GatherBench {
     const size_t layer_bytes = shape_.kv_heads * head_bytes;
     const auto copies = static_cast<uint32_t>(
         std::clamp<uint64_t>(run_.options.store_memory / layer_bytes, 1, shape_.layers));
-    gpu::host::ThreadPool threads(
-        static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+    gpu::host::ThreadPool threads(UsableCores());
     CKV_ASSIGN_OR_RETURN(store_, PinnedRegion::Create(device, threads, copies * layer_bytes));
     // Rows count up, so that no two of them are the same.
     threads.ParallelFor(store_->bytes() / sizeof(uint64_t) / (1 << 20), [&](size_t piece) {

@@ -1,12 +1,11 @@
 #include "client/bench/host_backend.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <utility>
 
+#include "client/bench/cores.h"
 #include "client/bench/fma_peak.h"
 #include "gpu/status_macros.h"
 
@@ -16,12 +15,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr size_t kCopyPiece = 1 << 20;
-
-int UsableCores() {
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return std::max(1, CPU_COUNT(&cores));
-  return 1;
-}
 
 double MicrosecondsSince(Clock::time_point start) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();

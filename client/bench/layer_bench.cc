@@ -47,11 +47,22 @@ class LayerBench {
       CKV_RETURN_IF_ERROR(Fetch(layer));
     }
     CKV_RETURN_IF_ERROR(run_.backend.stream().Synchronize());
-    if (run_.options.Has("select")) CKV_RETURN_IF_ERROR(MeasureSelect());
-    if (run_.options.Has("attend")) CKV_RETURN_IF_ERROR(MeasureAttend());
     const bool step = run_.options.Has("step");
-    if (run_.options.Has("fetch") || step) CKV_RETURN_IF_ERROR(MeasureFetch());
-    if (step) CKV_RETURN_IF_ERROR(MeasureStep());
+    const struct {
+      const char* what;
+      bool wanted;
+      absl::Status (LayerBench::*measure)();
+    } measurements[] = {{"select", run_.options.Has("select"), &LayerBench::MeasureSelect},
+                        {"attend", run_.options.Has("attend"), &LayerBench::MeasureAttend},
+                        {"fetch", run_.options.Has("fetch") || step, &LayerBench::MeasureFetch},
+                        {"step", step, &LayerBench::MeasureStep}};
+    for (const auto& [what, wanted, measure] : measurements) {
+      const absl::Status status = wanted ? (this->*measure)() : absl::OkStatus();
+      if (status.ok()) continue;
+      return absl::Status(status.code(), absl::StrCat(what, " of batch ", batch_, " at context ",
+                                                      state_.context().options().tokens, ": ",
+                                                      std::string(status.message())));
+    }
     return absl::OkStatus();
   }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "client/bench/backend.h"
 #include "client/bench/bench_run.h"
 #include "client/bench/options.h"
@@ -41,12 +42,22 @@ int Fail(int exit_code, const absl::Status& status) {
 }
 
 absl::Status Measure(const BenchRun& run) {
-  constexpr absl::Status (*kMeasurements[])(const BenchRun&) = {
-      MeasureCeilings, MeasureGather, MeasureKmeans, MeasurePermute,
-      MeasureLayers,   MeasureDecode, MeasureServed};
-  for (const auto measure : kMeasurements) {
+  const struct {
+    const char* what;
+    absl::Status (*measure)(const BenchRun&);
+  } measurements[] = {{"ceilings", MeasureCeilings},
+                      {"gather", MeasureGather},
+                      {"kmeans", MeasureKmeans},
+                      {"permute-offload", MeasurePermute},
+                      {"layers of a step", MeasureLayers},
+                      {"decode", MeasureDecode},
+                      {"served", MeasureServed}};
+  for (const auto& [what, measure] : measurements) {
     CKV_RETURN_IF_ERROR(replay::CheckInterrupt());
-    CKV_RETURN_IF_ERROR(measure(run));
+    const absl::Status status = measure(run);
+    if (!status.ok()) {
+      return absl::Status(status.code(), absl::StrCat(what, ": ", std::string(status.message())));
+    }
   }
   return absl::OkStatus();
 }
@@ -60,7 +71,7 @@ absl::Status Run(const BenchOptions& options) {
   report.seed = options.seed;
   report.repeats = options.repeats;
   report.preset = options.preset;
-  const absl::Status measured = Measure({options, *backend, report});
+  absl::Status measured = Measure({options, *backend, report});
   if (measured.code() == absl::StatusCode::kCancelled) return measured;
   // What was measured before an error is told all the same.
   const std::string text =

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <thread>
 #include <utility>
 
+#include "client/bench/cores.h"
 #include "gpu/status_macros.h"
 
 namespace clusterkv::client::bench {
@@ -15,8 +15,6 @@ constexpr uint32_t kTokensPerPiece = 1024;
 constexpr size_t kCopyPiece = size_t{16} << 20;
 
 size_t Aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-int Cores() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 
 // Half a decode segment beyond the least window: what a window holds on average.
 uint32_t PromptTokens(const ContextOptions& options) {
@@ -67,7 +65,7 @@ absl::Status PublishedContext::Prepare() {
   }
   copies_ = static_cast<uint32_t>(
       std::clamp<uint64_t>(options_.store_bytes / layer_bytes_, 1, shape.layers));
-  gpu::host::ThreadPool threads(Cores());
+  gpu::host::ThreadPool threads(UsableCores());
   CKV_ASSIGN_OR_RETURN(store_,
                        PinnedRegion::Create(backend_.device(), threads, copies_ * layer_bytes_));
   struct Piece {

@@ -1,5 +1,6 @@
 #include "client/bench/report.h"
 
+#include <cmath>
 #include <utility>
 
 #include "fmt/format.h"
@@ -13,7 +14,7 @@ double RatioOf(const Row& row) {
   return row.time.median > 0.0 ? row.floor.microseconds / row.time.median : 0.0;
 }
 
-Json Whole(double count) { return static_cast<uint64_t>(count + 0.5); }
+Json Whole(double count) { return static_cast<uint64_t>(std::llround(count)); }
 
 Json OrNull(const std::string& text) { return text.empty() ? Json(nullptr) : Json(text); }
 

@@ -6,10 +6,11 @@
 // would not wait at all: that is what `step` measures.
 #include <algorithm>
 #include <chrono>
-#include <thread>
+#include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "client/bench/bench_run.h"
+#include "client/bench/cores.h"
 #include "client/bench/key_model.h"
 #include "client/client.h"
 #include "client/client_session.h"
@@ -108,13 +109,18 @@ class ServedBench {
 
   absl::Status WriteInputs() {
     gpu::Device& device = run_.backend.device();
-    const size_t head_bytes = tokens_ * shape_.row_bytes();
-    CKV_ASSIGN_OR_RETURN(rows_, device.AllocatePinned(shape_.kv_heads * head_bytes));
+    const size_t half = shape_.row_bytes() / 2;
+    CKV_ASSIGN_OR_RETURN(tokens_kv_, device.AllocatePinned(2 * plane_bytes()));
     const KeyModel model(shape_, tokens_, run_.options.seed);
-    gpu::host::ThreadPool threads(
-        static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+    gpu::host::ThreadPool threads(UsableCores());
     threads.ParallelFor(shape_.kv_heads, [&](size_t head) {
-      model.WriteRows(static_cast<uint32_t>(head), 0, tokens_, rows_->data() + head * head_bytes);
+      std::vector<std::byte> rows(tokens_ * shape_.row_bytes());
+      model.WriteRows(static_cast<uint32_t>(head), 0, tokens_, rows.data());
+      for (size_t i = 0; i < 2 * size_t{tokens_}; ++i) {  // K and V of each token in turn
+        std::memcpy(
+            tokens_kv_->data() + i % 2 * plane_bytes() + (i / 2 * shape_.kv_heads + head) * half,
+            &rows[i * half], half);
+      }
     });
     // What a step takes and gives lies in device memory, as an engine has it.
     gpu::Stream& stream = run_.backend.stream();
@@ -130,28 +136,30 @@ class ServedBench {
       }
     }
     CKV_RETURN_IF_ERROR(stream.CopyAsync(queries_->data(), staged->data(), queries_->bytes()));
-    for (uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      CKV_RETURN_IF_ERROR(stream.CopyAsync(token_->data() + head * shape_.row_bytes(),
-                                           rows_->data() + head * head_bytes, shape_.row_bytes()));
+    for (size_t plane = 0; plane < 2; ++plane) {
+      CKV_RETURN_IF_ERROR(stream.CopyAsync(token_->data() + plane * shape_.kv_heads * half,
+                                           tokens_kv_->data() + plane * plane_bytes(),
+                                           shape_.kv_heads * half));
     }
     CKV_RETURN_IF_ERROR(stream.Synchronize());
     return absl::OkStatus();
   }
 
+  size_t plane_bytes() const { return size_t{tokens_} * shape_.kv_heads * shape_.row_bytes() / 2; }
+
   // K and V of `position`, as all layers have them.
   gpu::KvSource SourceAt(uint32_t position) const {
-    const std::byte* const row = rows_->data() + position * shape_.row_bytes();
-    return {.k = row,
-            .v = row + shape_.row_bytes() / 2,
-            .token_stride = shape_.row_bytes(),
-            .head_stride = tokens_ * shape_.row_bytes()};
+    const size_t token = shape_.kv_heads * shape_.row_bytes() / 2;
+    const std::byte* const k = tokens_kv_->data() + position * token;
+    return {.k = k,
+            .v = k + plane_bytes(),
+            .token_stride = token,
+            .head_stride = shape_.row_bytes() / 2};
   }
-
   // The same new token in every step, layer and sequence.
   gpu::KvSource NewToken() const {
-    return {.k = token_->data(),
-            .v = token_->data() + shape_.row_bytes() / 2,
-            .head_stride = shape_.row_bytes()};
+    const size_t half = shape_.row_bytes() / 2;
+    return {.k = token_->data(), .v = token_->data() + shape_.kv_heads * half, .head_stride = half};
   }
 
   // Sequences that have been ingested and published.
@@ -183,6 +191,7 @@ class ServedBench {
   absl::StatusOr<std::vector<double>> TimeDirect(
       Client& client, const std::vector<std::unique_ptr<Sequence>>& sequences) const {
     std::vector<Sequence*> members;
+    members.reserve(sequences.size());
     for (const auto& sequence : sequences) members.push_back(sequence.get());
     CKV_ASSIGN_OR_RETURN(const auto batch,
                          client.CreateBatch(members, {.stream = run_.backend.native_stream()}));
@@ -262,18 +271,14 @@ class ServedBench {
   absl::Status FillArena(std::byte* arena, uint32_t layer, uint64_t item_bytes, uint64_t k,
                          uint64_t v) const {
     gpu::Stream& stream = run_.backend.stream();
-    const size_t half = shape_.row_bytes() / 2;
+    const size_t kv_bytes = shape_.kv_heads * shape_.row_bytes() / 2;
     for (uint32_t i = 0; i < batch_; ++i) {
       std::byte* const item = arena + i * item_bytes;
       CKV_RETURN_IF_ERROR(
           stream.CopyAsync(item, queries_->data() + (layer * batch_ + i) * q_bytes_, q_bytes_));
-      for (uint32_t head = 0; head < shape_.kv_heads; ++head) {
-        const gpu::KvSource source = NewToken();
-        CKV_RETURN_IF_ERROR(
-            stream.CopyAsync(item + k + head * half, source.k + head * source.head_stride, half));
-        CKV_RETURN_IF_ERROR(
-            stream.CopyAsync(item + v + head * half, source.v + head * source.head_stride, half));
-      }
+      const gpu::KvSource source = NewToken();
+      CKV_RETURN_IF_ERROR(stream.CopyAsync(item + k, source.k, kv_bytes));
+      CKV_RETURN_IF_ERROR(stream.CopyAsync(item + v, source.v, kv_bytes));
     }
     return stream.Synchronize();
   }
@@ -294,10 +299,10 @@ class ServedBench {
   const uint32_t batch_;
   gpu::Shape shape_;
   gpu::MethodOptions method_;
-  size_t q_bytes_ = 0;                          // of one sequence and layer
-  std::unique_ptr<gpu::DeviceMemory> rows_;     // pinned [kv_heads][tokens]
-  std::unique_ptr<gpu::DeviceMemory> queries_;  // [layers][batch][q_heads][head_dim]
-  std::unique_ptr<gpu::DeviceMemory> token_;    // [kv_heads] rows
+  size_t q_bytes_ = 0;                            // of one sequence and layer
+  std::unique_ptr<gpu::DeviceMemory> tokens_kv_;  // pinned [K, V][tokens][kv_heads][head_dim]
+  std::unique_ptr<gpu::DeviceMemory> queries_;    // [layers][batch][q_heads][head_dim]
+  std::unique_ptr<gpu::DeviceMemory> token_;      // [K, V][kv_heads][head_dim]
   std::unique_ptr<gpu::DeviceMemory> outputs_;
 };
 
