@@ -13,7 +13,11 @@ if(CLUSTERKV_CUDA)
   install(TARGETS clusterkv_gpu_cuda EXPORT clusterkvTargets ARCHIVE)
 endif()
 install(EXPORT clusterkvTargets NAMESPACE clusterkv:: DESTINATION ${CLUSTERKV_PACKAGE_DIR})
+# By itself, since its users need none of what the others do.
+install(TARGETS clusterkv_c EXPORT clusterkvCTargets LIBRARY)
+install(EXPORT clusterkvCTargets NAMESPACE clusterkv:: DESTINATION ${CLUSTERKV_PACKAGE_DIR})
 
+install(FILES client/c/clusterkv.h DESTINATION ${CLUSTERKV_INCLUDE_DIR})
 install(FILES client/client.h DESTINATION ${CLUSTERKV_INCLUDE_DIR}/client)
 # What client.h includes, all of it plain C++. Without gpu/host/ and gpu/cuda/: those are backends' insides.
 install(DIRECTORY gpu/ DESTINATION ${CLUSTERKV_INCLUDE_DIR}/gpu
@@ -22,6 +26,12 @@ install(DIRECTORY gpu/ DESTINATION ${CLUSTERKV_INCLUDE_DIR}/gpu
 install(DIRECTORY proto/clusterkv DESTINATION ${CMAKE_INSTALL_DATADIR}/clusterkv/proto
         FILES_MATCHING PATTERN "*.proto")
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR})
+
+# Relative to where it lies, so that the prefix may be moved.
+file(RELATIVE_PATH CLUSTERKV_PC_PREFIX /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+configure_file(cmake/clusterkv.pc.in ${CMAKE_CURRENT_BINARY_DIR}/clusterkv.pc @ONLY)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/clusterkv.pc
+        DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 
 configure_package_config_file(cmake/clusterkvConfig.cmake.in
   ${CMAKE_CURRENT_BINARY_DIR}/clusterkvConfig.cmake

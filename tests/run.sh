@@ -203,7 +203,7 @@ part_tsan() {
 }
 
 format_is_kept() {
-  git ls-files -z '*.cc' '*.h' '*.cu' '*.cuh' | xargs -0 clang-format --dry-run --Werror
+  git ls-files -z '*.c' '*.cc' '*.h' '*.cu' '*.cuh' | xargs -0 clang-format --dry-run --Werror
 }
 
 # All files, or those that differ from the branch's start where that is known.
