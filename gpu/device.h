@@ -62,7 +62,8 @@ class Device {
 
   virtual const std::string& backend() const = 0;      // "host", "cuda"
   virtual const std::string& description() const = 0;  // for people
-  virtual const std::string& uuid() const = 0;         // DeviceOptions::device of the same; "": none
+  // What DeviceOptions::device calls it; empty where there is only one.
+  virtual const std::string& uuid() const = 0;
   virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) = 0;
   // A stream over one of the caller's: for `cuda` a cudaStream_t, which must outlive it.
   // Errors: INVALID_ARGUMENT for a backend that has no such thing.
