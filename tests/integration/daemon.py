@@ -147,6 +147,7 @@ class Daemon:
             session.pop("age_seconds")
         metrics = {series: value for series, value in self.metrics().items()
                    if not series.startswith(("process_", "clusterkv_uptime_seconds",
+                                             "clusterkv_device_age_seconds",
                                              "clusterkv_cluster_seconds_total"))}
         return status, metrics
 
