@@ -139,22 +139,26 @@ absl::Status CudaDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint
   cudaPointerAttributes attributes = {};
   if (!batch.empty()) (void)cudaPointerGetAttributes(&attributes, errors.data());
   const bool pinned = attributes.type == cudaMemoryTypeHost;
-  return WithBatch(
-      stream, batch, "ending a step",
-      [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) -> cudaError_t {
-        if (pinned) return LaunchEndStep(loaded.shape, errors.data(), native.native());
-        const size_t bytes = batch.size() * sizeof(uint32_t);
-        void* found = nullptr;
-        cudaError_t error = cudaMallocAsync(&found, bytes, native.native());
-        if (error != cudaSuccess) return error;
-        error = LaunchEndStep(loaded.shape, static_cast<uint32_t*>(found), native.native());
-        if (error == cudaSuccess) {
-          error =
-              cudaMemcpyAsync(errors.data(), found, bytes, cudaMemcpyDeviceToHost, native.native());
-        }
-        const cudaError_t freed = cudaFreeAsync(found, native.native());
-        return error != cudaSuccess ? error : freed;
-      });
+  uint32_t* target = errors.data();
+  std::byte* temporary = nullptr;
+  CKV_ASSIGN_OR_RETURN(CudaStream* const native, NativeStream(stream));
+  if (!pinned) {
+    CKV_ASSIGN_OR_RETURN(temporary, native->TakeTemporary(batch.size() * sizeof(uint32_t)));
+    target = reinterpret_cast<uint32_t*>(temporary);
+    // Where no slot is active nothing is launched.
+    const ScopedDevice device(native->ordinal());
+    (void)cudaMemsetAsync(temporary, 0, batch.size() * sizeof(uint32_t), native->native());
+  }
+  absl::Status status = WithBatch(stream, batch, "ending a step",
+                                  [&](CudaStream& own, const CudaStream::LoadedBatch& loaded) {
+                                    return LaunchEndStep(loaded.shape, target, own.native());
+                                  });
+  if (temporary == nullptr) return status;
+  if (status.ok()) {
+    status = native->CopyAsync(errors.data(), temporary, batch.size() * sizeof(uint32_t));
+  }
+  native->Discard(temporary);
+  return status;
 }
 
 absl::Status CudaDecodeOps::ReportLayer(Stream& stream, Batch batch, uint32_t layer,

@@ -47,7 +47,28 @@ absl::StatusOr<int> FindDevice(const std::string& wanted, int count) {
       absl::StrCat("device \"", wanted, "\" is not there; these are:", known));
 }
 
+// Temporaries of a few bytes a call must not go to the driver and back; k-means' hundreds of MiB
+// must.
+constexpr uint64_t kKeptPoolBytes = 32 << 20;
+
+absl::StatusOr<cudaMemPool_t> CreatePool(int ordinal) {
+  cudaMemPoolProps properties = {};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location = {.type = cudaMemLocationTypeDevice, .id = ordinal};
+  cudaMemPool_t pool = nullptr;
+  CKV_RETURN_IF_CUDA_ERROR(cudaMemPoolCreate(&pool, &properties), "making a pool");
+  uint64_t kept = kKeptPoolBytes;
+  const cudaError_t set = cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept);
+  if (set == cudaSuccess) return pool;
+  (void)cudaMemPoolDestroy(pool);
+  return ToStatus(set, "making a pool");
+}
+
 }  // namespace
+
+void CudaDevice::PoolDeleter::operator()(cudaMemPool_t pool) const {
+  (void)cudaMemPoolDestroy(pool);
+}
 
 absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& device) {
   int count = 0;
@@ -64,21 +85,23 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& de
   CKV_ASSIGN_OR_RETURN(const CudaDriver driver, CudaDriver::Load());
   const ScopedDevice current(ordinal);
   CKV_RETURN_IF_CUDA_ERROR(cudaFree(nullptr), "making a context");
+  CKV_ASSIGN_OR_RETURN(const cudaMemPool_t pool, CreatePool(ordinal));
   return std::unique_ptr<Device>(new CudaDevice(
-      ordinal,
+      ordinal, pool,
       absl::StrCat(properties.name, ", ", UuidOf(properties), ", ", properties.totalGlobalMem >> 20,
                    " MiB, ", properties.multiProcessorCount, " multiprocessors"),
       UuidOf(properties), driver));
 }
 
 absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::CreateStream(const std::string& name) {
-  CKV_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream, CudaStream::Create(ordinal_, name));
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream,
+                       CudaStream::Create(ordinal_, pool_.get(), name));
   return stream;
 }
 
 absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::WrapStream(void* native) {
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<Stream> stream,
-                       CudaStream::Wrap(ordinal_, static_cast<cudaStream_t>(native)));
+                       CudaStream::Wrap(ordinal_, pool_.get(), static_cast<cudaStream_t>(native)));
   return stream;
 }
 

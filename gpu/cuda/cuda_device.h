@@ -2,8 +2,11 @@
 // says which thread calls what.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <memory>
 #include <string>
+#include <type_traits>
 
 #include "absl/status/statusor.h"
 #include "gpu/cuda/cuda_cluster_ops.h"
@@ -36,17 +39,23 @@ class CudaDevice final : public Device {
   ClusterOps& cluster_ops() override { return cluster_ops_; }
 
  private:
-  CudaDevice(int ordinal, std::string description, std::string uuid, const CudaDriver& driver)
+  CudaDevice(int ordinal, cudaMemPool_t pool, std::string description, std::string uuid,
+             const CudaDriver& driver)
       : ordinal_(ordinal),
         description_(std::move(description)),
         uuid_(std::move(uuid)),
-        driver_(driver) {}
+        driver_(driver),
+        pool_(pool) {}
 
   const std::string backend_ = "cuda";
   const int ordinal_;
   const std::string description_;
   const std::string uuid_;
   const CudaDriver driver_;
+  struct PoolDeleter {
+    void operator()(cudaMemPool_t pool) const;
+  };
+  const std::unique_ptr<std::remove_pointer_t<cudaMemPool_t>, PoolDeleter> pool_;
   CudaDecodeOps decode_ops_;
   CudaClusterOps cluster_ops_;
 };

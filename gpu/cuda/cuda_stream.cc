@@ -82,19 +82,20 @@ DeviceSlot ToDevice(const BatchSlot& slot) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Create(int ordinal,
+absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Create(int ordinal, cudaMemPool_t pool,
                                                                const std::string& name) {
   const ScopedDevice device(ordinal);
   cudaStream_t native = nullptr;
   CKV_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&native, cudaStreamNonBlocking),
                            absl::StrCat("stream \"", name, "\""));
-  std::unique_ptr<CudaStream> stream(new CudaStream(ordinal, native, true));
+  std::unique_ptr<CudaStream> stream(new CudaStream(ordinal, pool, native, true));
   CKV_RETURN_IF_ERROR(stream->Prepare());
   return stream;
 }
 
-absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Wrap(int ordinal, cudaStream_t native) {
-  std::unique_ptr<CudaStream> stream(new CudaStream(ordinal, native, false));
+absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Wrap(int ordinal, cudaMemPool_t pool,
+                                                             cudaStream_t native) {
+  std::unique_ptr<CudaStream> stream(new CudaStream(ordinal, pool, native, false));
   CKV_RETURN_IF_ERROR(stream->Prepare());
   return stream;
 }
@@ -260,8 +261,9 @@ absl::Status CudaStream::GrowScratch(const LoadedBatch& batch, uint32_t group,
 absl::StatusOr<std::byte*> CudaStream::TakeTemporary(size_t bytes) {
   const ScopedDevice device(ordinal_);
   void* data = nullptr;
-  CKV_RETURN_IF_CUDA_ERROR(cudaMallocAsync(&data, std::max<size_t>(bytes, 16), stream_),
-                           absl::StrCat("allocation of ", bytes, " bytes"));
+  CKV_RETURN_IF_CUDA_ERROR(
+      cudaMallocFromPoolAsync(&data, std::max<size_t>(bytes, 16), pool_, stream_),
+      absl::StrCat("allocation of ", bytes, " bytes"));
   return static_cast<std::byte*>(data);
 }
 

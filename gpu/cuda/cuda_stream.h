@@ -25,9 +25,12 @@ namespace clusterkv::gpu::cuda {
 
 class CudaStream final : public Stream {
  public:
-  static absl::StatusOr<std::unique_ptr<CudaStream>> Create(int ordinal, const std::string& name);
+  // `pool` is where temporaries come from; it must outlive the stream.
+  static absl::StatusOr<std::unique_ptr<CudaStream>> Create(int ordinal, cudaMemPool_t pool,
+                                                            const std::string& name);
   // Enqueues on `stream`, which stays the caller's and must outlive this.
-  static absl::StatusOr<std::unique_ptr<CudaStream>> Wrap(int ordinal, cudaStream_t stream);
+  static absl::StatusOr<std::unique_ptr<CudaStream>> Wrap(int ordinal, cudaMemPool_t pool,
+                                                          cudaStream_t stream);
   ~CudaStream() override;
 
   absl::Status CopyAsync(void* destination, const void* source, size_t bytes) override;
@@ -55,13 +58,14 @@ class CudaStream final : public Stream {
   uint32_t* fault() const { return reinterpret_cast<uint32_t*>(fault_->data()); }
 
  private:
-  CudaStream(int ordinal, cudaStream_t stream, bool owned)
-      : ordinal_(ordinal), stream_(stream), owned_(owned) {}
+  CudaStream(int ordinal, cudaMemPool_t pool, cudaStream_t stream, bool owned)
+      : ordinal_(ordinal), pool_(pool), stream_(stream), owned_(owned) {}
   absl::Status Prepare();
   absl::Status GrowScratch(const LoadedBatch& batch, uint32_t group, DecodeScratch& scratch);
   absl::Status TakeFault();
 
   const int ordinal_;
+  const cudaMemPool_t pool_;
   const cudaStream_t stream_;
   const bool owned_;
   int multiprocessors_ = 0;
