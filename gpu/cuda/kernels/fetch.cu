@@ -24,7 +24,7 @@ constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit share
 constexpr uint32_t kCopyLanes = 16;
 constexpr uint32_t kPieceBytes = 4096;
 constexpr uint32_t kCopyBytes = kCopyLanes * 2 * kPieceBytes;
-constexpr uint32_t kMostPieceRows = kPieceBytes / 256;  // of head_dim 64
+[[maybe_unused]] constexpr uint32_t kMostPieceRows = kPieceBytes / 256;  // of head_dim 64
 [[maybe_unused]] constexpr uint32_t kInFlight =
     8;  // 16-byte loads of a lane, where there are no bulk copies
 

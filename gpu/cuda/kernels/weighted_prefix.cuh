@@ -27,25 +27,31 @@ struct PrefixShared {
   uint32_t count, ties, first_tie;
 };
 
-// Up to kPerThread x kThreads items stay in registers; of more, keys and weights are read each
-// round.
-constexpr uint32_t kPerThread = 16;
-
-// keys, weights: [n]; key 0 or weight 0: not an item. chosen: room for every item that could be.
-// Returns how many were chosen, in no order. All kThreads threads of the block call it.
-template <uint32_t kThreads>
-__device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, uint32_t n,
-                                 uint32_t goal, uint64_t* chosen, PrefixShared<kThreads>& shared) {
+// With kPerThread items of each thread in registers; 0: keys and weights are read in every round.
+template <uint32_t kThreads, uint32_t kPerThread>
+__device__ uint32_t ChoosePrefixOf(const uint32_t* keys, const uint32_t* weights, uint32_t n,
+                                   uint32_t goal, uint64_t* chosen,
+                                   PrefixShared<kThreads>& shared) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t rounds_per_thread = (n + kThreads - 1) / kThreads;
-  const bool in_registers = rounds_per_thread <= kPerThread;
-  uint32_t own_keys[kPerThread], own_weights[kPerThread];
+  uint32_t own_keys[kPerThread + 1], own_weights[kPerThread + 1];  // never without an element
+  if constexpr (kPerThread > 0) {
 #pragma unroll
-  for (uint32_t j = 0; j < kPerThread; ++j) {
-    const uint32_t i = j * kThreads + threadIdx.x;
-    own_keys[j] = in_registers && i < n ? keys[i] : 0;
-    own_weights[j] = in_registers && i < n ? weights[i] : 0;
+    for (uint32_t j = 0; j < kPerThread; ++j) {
+      const uint32_t i = j * kThreads + threadIdx.x;
+      own_keys[j] = i < n ? keys[i] : 0;
+      own_weights[j] = i < n ? weights[i] : 0;
+    }
   }
+  const auto for_each = [&](const auto& body) {  // body(id, key, weight)
+    if constexpr (kPerThread > 0) {
+#pragma unroll
+      for (uint32_t j = 0; j < kPerThread; ++j) {
+        body(j * kThreads + threadIdx.x, own_keys[j], own_weights[j]);
+      }
+    } else {
+      for (uint32_t i = threadIdx.x; i < n; i += kThreads) body(i, keys[i], weights[i]);
+    }
+  };
   if (threadIdx.x == 0) {
     shared.count = shared.ties = 0;
     shared.first_tie = 0xffffffffu;
@@ -54,20 +60,12 @@ __device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, 
   uint32_t threshold = 0;
   for (int shift = 30; shift >= 0; shift -= 2) {
     uint32_t sums[3] = {0, 0, 0};
-    const auto add = [&](uint32_t key, uint32_t weight) {
+    for_each([&](uint32_t, uint32_t key, uint32_t weight) {
 #pragma unroll
       for (uint32_t c = 0; c < 3; ++c) {
         if (key != 0 && key >= (threshold | (c + 1) << shift)) sums[c] += weight;
       }
-    };
-    if (in_registers) {
-#pragma unroll
-      for (uint32_t j = 0; j < kPerThread; ++j) {
-        if (j < rounds_per_thread) add(own_keys[j], own_weights[j]);
-      }
-    } else {
-      for (uint32_t i = threadIdx.x; i < n; i += kThreads) add(keys[i], weights[i]);
-    }
+    });
     auto& warp_sums = shared.sums[(shift / 2) % 2];
 #pragma unroll
     for (uint32_t c = 0; c < 3; ++c) {
@@ -75,8 +73,7 @@ __device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, 
       if (lane == 0) warp_sums[c][warp] = sum;
     }
     __syncthreads();
-    // Every warp sums the warps' sums: a read and an instruction each, instead of one for every
-    // warp.
+    // Every warp sums the warps' sums: one read each, instead of one for every warp.
     uint32_t totals[3];
 #pragma unroll
     for (uint32_t c = 0; c < 3; ++c) {
@@ -91,24 +88,16 @@ __device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, 
   }
   uint32_t above = 0;  // weight of the larger keys
   if (threshold != 0) {
-    const auto add = [&](uint32_t key, uint32_t weight) {
+    for_each([&](uint32_t, uint32_t key, uint32_t weight) {
       if (key > threshold) above += weight;
-    };
-    if (in_registers) {
-#pragma unroll
-      for (uint32_t j = 0; j < kPerThread; ++j) {
-        if (j < rounds_per_thread) add(own_keys[j], own_weights[j]);
-      }
-    } else {
-      for (uint32_t i = threadIdx.x; i < n; i += kThreads) add(keys[i], weights[i]);
-    }
+    });
     above = __reduce_add_sync(0xffffffffu, above);
     __syncthreads();
     if (lane == 0) shared.sums[0][0][warp] = above;
     __syncthreads();
     above = __reduce_add_sync(0xffffffffu, lane < kThreads / 32 ? shared.sums[0][0][lane] : 0);
   }
-  const auto collect = [&](uint32_t i, uint32_t key, uint32_t weight) {
+  for_each([&](uint32_t i, uint32_t key, uint32_t weight) {
     if (key == 0 || weight == 0 || key < threshold) return;
     if (key > threshold) {
       chosen[atomicAdd(&shared.count, 1u)] = ChosenItem(key, i);
@@ -116,15 +105,7 @@ __device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, 
       atomicAdd(&shared.ties, 1u);
       atomicMin(&shared.first_tie, i);
     }
-  };
-  if (in_registers) {
-#pragma unroll
-    for (uint32_t j = 0; j < kPerThread; ++j) {
-      if (j < rounds_per_thread) collect(j * kThreads + threadIdx.x, own_keys[j], own_weights[j]);
-    }
-  } else {
-    for (uint32_t i = threadIdx.x; i < n; i += kThreads) collect(i, keys[i], weights[i]);
-  }
+  });
   __syncthreads();
   if (shared.ties == 1) {
     if (threadIdx.x == 0) chosen[shared.count++] = ChosenItem(threshold, shared.first_tie);
@@ -146,6 +127,19 @@ __device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, 
   }
   __syncthreads();
   return shared.count;
+}
+
+// keys, weights: [n]; key 0 or weight 0: not an item. chosen: room for every item that could be.
+// Returns how many were chosen, in no order. All kThreads threads of the block call it.
+template <uint32_t kThreads>
+__device__ uint32_t ChoosePrefix(const uint32_t* keys, const uint32_t* weights, uint32_t n,
+                                 uint32_t goal, uint64_t* chosen, PrefixShared<kThreads>& shared) {
+  if (n <= kThreads) return ChoosePrefixOf<kThreads, 1>(keys, weights, n, goal, chosen, shared);
+  if (n <= 4 * kThreads) return ChoosePrefixOf<kThreads, 4>(keys, weights, n, goal, chosen, shared);
+  if (n <= 16 * kThreads) {
+    return ChoosePrefixOf<kThreads, 16>(keys, weights, n, goal, chosen, shared);
+  }
+  return ChoosePrefixOf<kThreads, 0>(keys, weights, n, goal, chosen, shared);
 }
 
 // Falling. `count` items in place, with room for the next power of two; all threads of the block
