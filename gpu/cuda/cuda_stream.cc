@@ -105,6 +105,11 @@ absl::Status CudaStream::Prepare() {
   CKV_RETURN_IF_CUDA_ERROR(
       cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, ordinal_),
       "reading an attribute");
+  int major = 0;
+  CKV_RETURN_IF_CUDA_ERROR(
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal_),
+      "reading an attribute");
+  overlap_ = major >= 9;
   CKV_ASSIGN_OR_RETURN(fault_, AllocatePinnedHost(ordinal_, 2 * sizeof(uint32_t)));
   return absl::OkStatus();
 }
@@ -181,6 +186,7 @@ absl::StatusOr<CudaStream::LoadedBatch> CudaStream::Load(Batch batch) {
   LoadedBatch loaded;
   loaded.shape.count = static_cast<uint32_t>(slots.size());
   loaded.shape.multiprocessors = multiprocessors_;
+  loaded.shape.overlap = overlap_;
   loaded.shape.fault = fault();
   for (const DeviceSlot& slot : slots) {
     if (slot.active == 0) continue;

@@ -69,6 +69,7 @@ class CudaStream final : public Stream {
   const cudaStream_t stream_;
   const bool owned_;
   int multiprocessors_ = 0;
+  bool overlap_ = false;
   std::unique_ptr<DeviceMemory> fault_;  // pinned: [0] KernelFault, [1] value
 
   std::mutex mutex_;

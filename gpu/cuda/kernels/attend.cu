@@ -13,6 +13,7 @@
 
 #include "gpu/cuda/kernels/decode_kernels.h"
 #include "gpu/cuda/kernels/numeric.cuh"
+#include "gpu/cuda/kernels/overlapped_launch.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
 
 namespace clusterkv::gpu::cuda {
@@ -336,6 +337,7 @@ template <typename Storage, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     AttendKernel(const BatchTable* table, uint32_t layer, QueryLaunch queries, uint32_t group,
                  OutputLaunch target) {
+  FollowPredecessor();
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<AttendShared<kHeadDim>*>(shared_bytes);
   const uint32_t kv_head = blockIdx.y;
@@ -420,8 +422,8 @@ cudaError_t Launch(const BatchShape& shape, uint32_t layer, const QueryLaunch& q
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (sized != cudaSuccess) return sized;
   const dim3 grid(parts > 0 ? parts : 1, shape.kv_heads, shape.count);
-  kernel<<<grid, kThreads, kBytes, stream>>>(shape.table, layer, queries, shape.group, target);
-  return cudaGetLastError();
+  return LaunchOverlapped(shape.overlap, kernel, grid, kThreads, kBytes, stream, shape.table, layer,
+                          queries, shape.group, target);
 }
 
 template <typename Storage>

@@ -22,6 +22,7 @@ struct BatchShape {
   uint32_t head_dim = 0;
   bool bf16 = false;  // else fp16
   int multiprocessors = 0;
+  bool overlap = false;  // see overlapped_launch.cuh
 };
 
 // Writes `count` slots of the table, from `first` on, and its header.

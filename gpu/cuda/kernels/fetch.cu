@@ -11,6 +11,7 @@
 // determined, and shows nowhere.
 #include "gpu/cuda/kernels/bulk_copy.cuh"
 #include "gpu/cuda/kernels/decode_kernels.h"
+#include "gpu/cuda/kernels/overlapped_launch.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
 #include "gpu/cuda/kernels/weighted_prefix.cuh"
 
@@ -288,6 +289,7 @@ __device__ void PrepareGather(FetchShared& /*shared*/) {}
 
 __global__ void __launch_bounds__(kThreads)
     FetchKernel(const BatchTable* table, uint32_t layer, uint32_t* fault) {
+  FollowPredecessor();
   extern __shared__ __align__(128) std::byte dynamic_shared[];
   std::byte* const buffers = dynamic_shared;
   auto& shared = *reinterpret_cast<FetchShared*>(dynamic_shared + kCopyBytes);
@@ -444,8 +446,8 @@ cudaError_t LaunchFetch(const BatchShape& shape, uint32_t layer, cudaStream_t st
   const cudaError_t sized =
       cudaFuncSetAttribute(FetchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (sized != cudaSuccess) return sized;
-  FetchKernel<<<grid, kThreads, kBytes, stream>>>(shape.table, layer, shape.fault);
-  return cudaGetLastError();
+  return LaunchOverlapped(shape.overlap, FetchKernel, grid, kThreads, kBytes, stream, shape.table,
+                          layer, shape.fault);
 }
 
 }  // namespace clusterkv::gpu::cuda

@@ -10,6 +10,7 @@
 
 #include "gpu/cuda/kernels/decode_kernels.h"
 #include "gpu/cuda/kernels/numeric.cuh"
+#include "gpu/cuda/kernels/overlapped_launch.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
 #include "gpu/cuda/kernels/weighted_prefix.cuh"
 
@@ -259,6 +260,7 @@ template <typename Storage, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     SelectKernel(const BatchTable* table, uint32_t layer, QueryLaunch queries, uint32_t group,
                  uint32_t budget) {
+  FollowPredecessor();
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<SelectShared*>(shared_bytes);
   if (EnterSlot(table, blockIdx.z, shared.slot) != Entry::kCurrent) return;
@@ -321,9 +323,8 @@ cudaError_t Launch(const BatchShape& shape, uint32_t layer, const QueryLaunch& q
   if (splits > most) splits = most;
   if (splits < 1) splits = 1;
   const dim3 grid(splits, shape.kv_heads, shape.count);
-  kernel<<<grid, kThreads, sizeof(SelectShared), stream>>>(shape.table, layer, queries, shape.group,
-                                                           budget);
-  return cudaGetLastError();
+  return LaunchOverlapped(shape.overlap, kernel, grid, kThreads, sizeof(SelectShared), stream,
+                          shape.table, layer, queries, shape.group, budget);
 }
 
 template <typename Storage>

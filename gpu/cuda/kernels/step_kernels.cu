@@ -1,6 +1,7 @@
 // A step's bookkeeping: the batch's table, the latch (design D3), and new tokens on their way to
 // sinks, window and ingest ring. All of it moves a few kilobytes: latency is the cost.
 #include "gpu/cuda/kernels/decode_kernels.h"
+#include "gpu/cuda/kernels/overlapped_launch.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
 
 namespace clusterkv::gpu::cuda {
@@ -35,6 +36,7 @@ __global__ void LoadBatchKernel(const __grid_constant__ LoadBatchArgs args) {
 
 // One block a slot.
 __global__ void BeginStepKernel(const BatchTable* table) {
+  FollowPredecessor();
   const DeviceSlot* const slot = ActiveSlot(table, blockIdx.x);
   if (slot == nullptr) return;
   const DeviceState state(*slot);
@@ -70,6 +72,7 @@ __global__ void BeginStepKernel(const BatchTable* table) {
 
 // One block a (KV head, slot).
 __global__ void AppendKernel(const BatchTable* table, uint32_t layer, TokenSource source) {
+  FollowPredecessor();
   const DeviceSlot* const slot = ActiveSlot(table, blockIdx.y);
   if (slot == nullptr) return;
   const DeviceState state(*slot);
@@ -89,6 +92,7 @@ __global__ void AppendKernel(const BatchTable* table, uint32_t layer, TokenSourc
 }
 
 __global__ void EndStepKernel(const BatchTable* table, uint32_t* errors, uint32_t count) {
+  FollowPredecessor();
   const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= count) return;
   const DeviceSlot* const slot = ActiveSlot(table, index);
@@ -108,6 +112,7 @@ __global__ void EndStepKernel(const BatchTable* table, uint32_t* errors, uint32_
 
 __global__ void ReportLayerKernel(const BatchTable* table, uint32_t layer, LayerReport* reports,
                                   uint32_t count) {
+  FollowPredecessor();
   const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= count) return;
   LayerReport report = {};
@@ -157,27 +162,25 @@ cudaError_t LaunchLoadBatch(const LoadBatchArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t LaunchBeginStep(const BatchShape& shape, cudaStream_t stream) {
-  BeginStepKernel<<<shape.count, 64, 0, stream>>>(shape.table);
-  return cudaGetLastError();
+  return LaunchOverlapped(shape.overlap, BeginStepKernel, shape.count, 64, 0, stream, shape.table);
 }
 
 cudaError_t LaunchAppend(const BatchShape& shape, uint32_t layer, const TokenSource& source,
                          cudaStream_t stream) {
   const dim3 grid(shape.kv_heads, shape.count);
-  AppendKernel<<<grid, 32, 0, stream>>>(shape.table, layer, source);
-  return cudaGetLastError();
+  return LaunchOverlapped(shape.overlap, AppendKernel, grid, 32, 0, stream, shape.table, layer,
+                          source);
 }
 
 cudaError_t LaunchEndStep(const BatchShape& shape, uint32_t* errors, cudaStream_t stream) {
-  EndStepKernel<<<(shape.count + 31) / 32, 32, 0, stream>>>(shape.table, errors, shape.count);
-  return cudaGetLastError();
+  return LaunchOverlapped(shape.overlap, EndStepKernel, (shape.count + 31) / 32, 32, 0, stream,
+                          shape.table, errors, shape.count);
 }
 
 cudaError_t LaunchReportLayer(const BatchShape& shape, uint32_t layer, LayerReport* reports,
                               cudaStream_t stream) {
-  ReportLayerKernel<<<(shape.count + 31) / 32, 32, 0, stream>>>(shape.table, layer, reports,
-                                                                shape.count);
-  return cudaGetLastError();
+  return LaunchOverlapped(shape.overlap, ReportLayerKernel, (shape.count + 31) / 32, 32, 0, stream,
+                          shape.table, layer, reports, shape.count);
 }
 
 cudaError_t LaunchWriteTokens(const WriteTokensLaunch& args, cudaStream_t stream) {
