@@ -30,6 +30,8 @@ done
 mkdir -p "$out" || exit 2
 export CLUSTERKV_REQUIRE_CUDA=1 CLUSTERKV_TEST_CLUSTERKVD=$PWD/$bin/clusterkvd
 [[ $bin == /* ]] && CLUSTERKV_TEST_CLUSTERKVD=$bin/clusterkvd
+# Of a bundle, whose test programs know no library path.
+[[ -d $tests/../lib ]] && export LD_LIBRARY_PATH=$tests/../lib
 failed=()
 
 # A GoogleTest program; its own report is the part's JSON.

@@ -31,13 +31,16 @@ absl::Status NotShared(size_t bytes) {
       absl::StrCat("export of ", bytes, " bytes that were not allocated as shared"));
 }
 
-class PrivateMemory final : public DeviceMemory {
+// What the runtime allocated and frees: device memory, or pinned host memory.
+class RuntimeMemory final : public DeviceMemory {
  public:
-  PrivateMemory(int ordinal, void* data, size_t bytes)
-      : ordinal_(ordinal), data_(static_cast<std::byte*>(data)), bytes_(bytes) {}
-  ~PrivateMemory() override {
+  using Free = cudaError_t (*)(void*);
+
+  RuntimeMemory(int ordinal, Free free, void* data, size_t bytes)
+      : ordinal_(ordinal), free_(free), data_(static_cast<std::byte*>(data)), bytes_(bytes) {}
+  ~RuntimeMemory() override {
     const ScopedDevice device(ordinal_);
-    (void)cudaFree(data_);
+    (void)free_(data_);
   }
   std::byte* data() const override { return data_; }
   size_t bytes() const override { return bytes_; }
@@ -45,24 +48,7 @@ class PrivateMemory final : public DeviceMemory {
 
  private:
   const int ordinal_;
-  std::byte* const data_;
-  const size_t bytes_;
-};
-
-class PinnedHostMemory final : public DeviceMemory {
- public:
-  PinnedHostMemory(int ordinal, void* data, size_t bytes)
-      : ordinal_(ordinal), data_(static_cast<std::byte*>(data)), bytes_(bytes) {}
-  ~PinnedHostMemory() override {
-    const ScopedDevice device(ordinal_);
-    (void)cudaFreeHost(data_);
-  }
-  std::byte* data() const override { return data_; }
-  size_t bytes() const override { return bytes_; }
-  absl::StatusOr<UniqueFd> Export() const override { return NotShared(bytes_); }
-
- private:
-  const int ordinal_;
+  const Free free_;
   std::byte* const data_;
   const size_t bytes_;
 };
@@ -195,7 +181,7 @@ absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocatePrivate(int ordinal, size_
   const ScopedDevice device(ordinal);
   void* data = nullptr;
   CKV_RETURN_IF_CUDA_ERROR(cudaMalloc(&data, bytes), Allocation(bytes));
-  auto memory = std::make_unique<PrivateMemory>(ordinal, data, bytes);
+  auto memory = std::make_unique<RuntimeMemory>(ordinal, cudaFree, data, bytes);
   CKV_RETURN_IF_ERROR(ZeroAll(data, bytes));
   return memory;
 }
@@ -207,7 +193,7 @@ absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocatePinnedHost(int ordinal, si
   CKV_RETURN_IF_CUDA_ERROR(cudaHostAlloc(&data, bytes, cudaHostAllocMapped | cudaHostAllocPortable),
                            Allocation(bytes));
   std::fill_n(static_cast<std::byte*>(data), bytes, std::byte{0});
-  return std::make_unique<PinnedHostMemory>(ordinal, data, bytes);
+  return std::make_unique<RuntimeMemory>(ordinal, cudaFreeHost, data, bytes);
 }
 
 absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocateVirtual(const CudaDriver& driver, int ordinal,
