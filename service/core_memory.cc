@@ -26,7 +26,7 @@ void Session::TakeChunkTable(std::unique_ptr<gpu::DeviceMemory> table) {
 
 void Session::OnChunkLent(uint32_t chunk, PoolChunk pool_chunk) {
   chunk_addresses[chunk] = pool->data(pool_chunk);
-  chunk_count = std::max(chunk_count, chunk + 1);
+  chunk_count = std::max(chunk_count.load(), chunk + 1);
   if (chunk_table != nullptr) {
     reinterpret_cast<const std::byte**>(chunk_table->data())[chunk] = chunk_addresses[chunk];
   }

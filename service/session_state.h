@@ -1,6 +1,7 @@
 // What the core knows of sessions and sequences. All of it belongs to the core's thread.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -129,7 +130,9 @@ struct Session : ChunkEvents {
   std::vector<PoolChunk> returned;  // to be zeroed and recycled by the core
   // Mapped address by chunk index.
   std::unique_ptr<const std::byte*[]> chunk_addresses;
-  uint32_t chunk_count = 0;  // entries beyond this have never been set
+  // Entries beyond this have never been set. Work threads read it: one that is behind looks up a
+  // chunk where it is needed.
+  std::atomic<uint32_t> chunk_count{0};
   // The same for the device: made with the first served sequence.
   std::unique_ptr<gpu::DeviceMemory> chunk_table;
 
