@@ -3,9 +3,7 @@
     compare_replays.py A.json B.json [--tolerance 0.01]
 
 Compares recall, output_error, mass and hit_rate of every row of clusterkv, and requires the rows of
-the baselines, which share no device code, to agree to 1e-3. The hit rate of a single layer may differ
-by twice the tolerance: backends cluster the same keys into other clusters of the same quality, and
-how often clusters of one layer come back depends on which. Exit 1 with the rows that differ.
+the baselines, which share no device code, to agree to 1e-3. Exit 1 with the rows that differ.
 """
 
 import argparse
@@ -40,8 +38,7 @@ def main():
                 wrong.append(f"{key} {figure}: {x} and {y}")
             elif x is not None:
                 worst[figure] = max(worst[figure], abs(x - y))
-                single = figure == "hit_rate" and key[2] != "all"
-                if abs(x - y) > (2 * tolerance if single else tolerance):
+                if abs(x - y) > tolerance:
                     wrong.append(f"{key} {figure}: {x} and {y}")
     print("largest differences: " + ", ".join(f"{k} {v:.4f}" for k, v in worst.items()))
     for line in wrong:
