@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <bit>
 #include <cctype>
+#include <thread>
 
 #include "absl/strings/numbers.h"
 #include "gpu/status_macros.h"
@@ -257,6 +258,13 @@ std::string Help() {
 std::string Config::attach_socket_path() const {
   if (!attach_path.empty()) return attach_path;
   return listen.substr(sizeof(kUnixPrefix) - 1) + ".attach";
+}
+
+absl::Duration Config::poll_duration() const {
+  constexpr unsigned kSpareCores = 8;
+  if (poll_time) return *poll_time;
+  return std::thread::hardware_concurrency() >= kSpareCores ? absl::Microseconds(200)
+                                                            : absl::ZeroDuration();
 }
 
 absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,

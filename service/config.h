@@ -35,12 +35,14 @@ struct Config {
   uint32_t max_arenas_per_session = 64;
   absl::Duration drain_timeout = absl::Seconds(10);
   absl::Duration attach_timeout = absl::Seconds(10);
+  std::optional<absl::Duration> poll_time;  // nullopt: auto
   LogLevel log_level = LogLevel::kInfo;
   LogFormat log_format = LogFormat::kText;
 
   std::string early_output;  // of --help and --version: print it and exit
 
   std::string attach_socket_path() const;
+  absl::Duration poll_duration() const;  // auto: where there are cores to spare
 };
 
 // `environment` is a null-terminated list of NAME=VALUE.

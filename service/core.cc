@@ -77,9 +77,9 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
       pool_(std::move(pool)),
       started_(options_.now()),
       device_watch_(started_),
-      core_("ckv-core", kQueueCapacity),
+      core_("ckv-core", kQueueCapacity, absl::ToChronoMicroseconds(options_.poll)),
       stage_("ckv-stage", SIZE_MAX),
-      serve_("ckv-serve", SIZE_MAX),
+      serve_("ckv-serve", SIZE_MAX, absl::ToChronoMicroseconds(options_.poll)),
       memory_("ckv-memory", SIZE_MAX) {}
 
 absl::Status ServiceCore::Start() {

@@ -44,6 +44,7 @@ struct CoreOptions {
   size_t max_sequences_per_session = 1024;
   size_t max_arenas_per_session = 64;
   absl::Duration attach_timeout = absl::Seconds(10);
+  absl::Duration poll = absl::ZeroDuration();  // of the core's and the serve thread; see TaskQueue
   std::function<absl::Time()> now = [] { return absl::Now(); };
 };
 

@@ -99,6 +99,8 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "--drain-timeout",
                             "1m",
                             "--attach-timeout=500ms",
+                            "--poll-time",
+                            "50us",
                             "--log-level",
                             "debug",
                             "--log-format",
@@ -120,6 +122,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->max_arenas_per_session, 4u);
   EXPECT_EQ(config->drain_timeout, absl::Minutes(1));
   EXPECT_EQ(config->attach_timeout, absl::Milliseconds(500));
+  EXPECT_EQ(config->poll_duration(), absl::Microseconds(50));
   EXPECT_EQ(config->log_level, LogLevel::kDebug);
   EXPECT_EQ(config->log_format, LogFormat::kJson);
 }
@@ -194,6 +197,8 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--allow-uids", ""}, "allow-uids", "nobody could attach"},
       {{"--drain-timeout", "10"}, "--drain-timeout", "write 10s"},
       {{"--attach-timeout", "-1s"}, "--attach-timeout", "write 10s"},
+      {{"--poll-time", "11ms"}, "--poll-time", "more than 10ms"},
+      {{"--poll-time", "fast"}, "--poll-time", "write 10s"},
       {{"--log-level", "loud"}, "--log-level", "debug|info|warning|error"},
       {{"--log-format", "xml"}, "--log-format", "text|json"},
       {{"--listen", "0.0.0.0:7000"}, "listen", "loopback"},
