@@ -263,7 +263,7 @@ std::string Config::attach_socket_path() const {
 absl::Duration Config::poll_duration() const {
   constexpr unsigned kSpareCores = 8;
   if (poll_time) return *poll_time;
-  return std::thread::hardware_concurrency() >= kSpareCores ? absl::Microseconds(200)
+  return std::thread::hardware_concurrency() >= kSpareCores ? absl::Milliseconds(1)
                                                             : absl::ZeroDuration();
 }
 

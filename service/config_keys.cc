@@ -141,7 +141,7 @@ ConfigKey PollKey() {
   return {"poll-time", "duration|auto",
           "how long the threads that answer calls look for the next one before they sleep, at most "
           "10ms: takes up to two cores while calls come, and tens of microseconds off each; auto: "
-          "200us on 8 cores or more, else 0s",
+          "1ms on 8 cores or more, else 0s",
           [](Config& config, const std::string& text) -> absl::Status {
             config.poll_time.reset();
             if (text == "auto") return absl::OkStatus();
