@@ -25,7 +25,7 @@ from worker import DIRECT, SERVED, Worker, channel_to
 
 Code = grpc.StatusCode
 GIB = 1 << 30
-# A sequence for which 60 of the 64 chunks of a GiB are reserved: 32 rows of 512 bytes a token.
+# A sequence for which 15 of the 16 chunks of a GiB are reserved: 32 rows of 512 bytes a token.
 BIG_SHAPE = shape_of(layers=4, kv_heads=8, head_dim=128)
 BIG_METHOD = method_of(prompt_segment_tokens=2048, tokens_per_cluster=64)
 BIG_TOKENS = 56_000
@@ -38,7 +38,7 @@ def node(tmp_path):
     folder = scratch()
     os.mkdir(f"{folder}/plugins")
     yield {"device-plugin": "true", "device-plugin-dir": f"{folder}/plugins",
-           "grants-dir": f"{folder}/grants", "host-memory": "3gb", "host-chunk": "16mb",
+           "grants-dir": f"{folder}/grants", "host-memory": "3gb", "host-chunk": "64mb",
            "host-memory-dir": f"{tmp_path}/kv"}
     shutil.rmtree(folder, ignore_errors=True)
 
