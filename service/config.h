@@ -30,6 +30,10 @@ struct Config {
   int threads = 0;                               // 0: all cores
   std::optional<std::set<uint32_t>> allow_uids;  // nullopt: any
   std::optional<std::set<uint32_t>> allow_gids;
+  bool device_plugin = false;
+  uint64_t device_plugin_memory_bytes = 0;  // 0: every whole GiB of host_memory
+  std::string device_plugin_dir = "/var/lib/kubelet/device-plugins";
+  std::string grants_dir = "/var/lib/clusterkv/grants";
   uint32_t max_sessions = 64;
   uint32_t max_sequences_per_session = 1024;
   uint32_t max_arenas_per_session = 64;
@@ -43,7 +47,12 @@ struct Config {
 
   std::string attach_socket_path() const;
   absl::Duration poll_duration() const;  // auto: where there are cores to spare
+  // Of host_memory, offered to the kubelet: whole GiB, 0 without the device plugin.
+  uint64_t offered_bytes() const;
 };
+
+// A device of the device plugin.
+constexpr uint64_t kDeviceBytes = 1ull << 30;
 
 // `environment` is a null-terminated list of NAME=VALUE.
 // Errors: INVALID_ARGUMENT that names the key, where it came from, and what is allowed.

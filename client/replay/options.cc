@@ -154,7 +154,8 @@ void Declare(CLI::App& app, ReplayOptions& options, RawOptions& raw) {
   app.add_option("--backend", options.backend, "of the private daemon: host, cuda or auto")
       ->default_val("auto");
   app.add_option("--connect", options.connect,
-                 "unix:PATH or HOST:PORT of a running daemon, instead of a private one");
+                 "unix:PATH or HOST:PORT of a running daemon, instead of a private one")
+      ->envname("CLUSTERKV_ADDRESS");
   app.add_option("--sequences", raw.sequences, "decoded together by each worker")
       ->capture_default_str();
   app.add_option("--workers", raw.workers, "processes at the same time")->capture_default_str();
