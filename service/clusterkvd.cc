@@ -6,6 +6,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <future>
 #include <memory>
 #include <set>
@@ -21,6 +22,7 @@
 #include "service/host_pool.h"
 #include "service/logging.h"
 #include "service/rpc/grpc_server.h"
+#include "service/service_manager.h"
 #include "service/version.h"
 
 namespace clusterkv::service {
@@ -74,6 +76,12 @@ class Signals {
   sigset_t set_;
 };
 
+// To systemd, if it asked.
+void Tell(const std::string& state) {
+  const absl::Status told = NotifyServiceManager(std::getenv("NOTIFY_SOCKET"), state);
+  if (!told.ok()) LogWarning("cannot tell systemd", {{"why", std::string(told.message())}});
+}
+
 // Until no session is left, the timeout, or a second signal. What is left goes on as before, and
 // its housekeeping with it.
 void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals) {
@@ -125,6 +133,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   grpc->SetServing(true);
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());
   std::fflush(stdout);
+  Tell("READY=1");
 
   while (!signals.Wait(kTickInterval)) {
     core->Tick();
@@ -134,6 +143,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   // The order of shutdown.
   LogInfo("draining", {{"timeout", absl::FormatDuration(config.drain_timeout)}});
   grpc->SetServing(false);
+  Tell("STOPPING=1");
   Drain(*core, config.drain_timeout, signals);
   core->EndAllSessions();
   grpc->Shutdown(absl::Seconds(2));
@@ -158,6 +168,10 @@ int Main(int argc, char** argv) {
   InitLogging(config->log_format, config->log_level);
   for (const auto& [key, value] : EffectiveConfig(*config)) {
     LogInfo("config", {{"key", key}, {"value", value}});
+  }
+  if (config->admin_is_remote()) {
+    LogWarning("whoever reaches the admin port may read health, metrics and status",
+               {{"admin-listen", config->admin_listen}});
   }
   const absl::Status served = Serve(*config, signals);
   if (!served.ok()) {

@@ -108,6 +108,11 @@ std::vector<ConfigKey> AddressKeys() {
       TextKey("admin-listen", "address",
               "health, metrics and status over HTTP: a loopback HOST:PORT; port 0 picks one",
               &Config::admin_listen),
+      ChoiceKey(
+          "admin-allow-remote", {"false", "true"},
+          "admin-listen may be any address, in numbers: for kubelet's probes and Prometheus",
+          [](Config& config, size_t i) { config.admin_allow_remote = i == 1; },
+          [](const Config& config) { return config.admin_allow_remote ? 1u : 0u; }),
   };
 }
 

@@ -15,5 +15,7 @@ target_link_libraries(clusterkv_rpc
 target_link_options(clusterkv_rpc INTERFACE
   "LINKER:--undefined=descriptor_table_clusterkv_2fv1_2fclusterkv_2eproto")
 
-add_executable(clusterkvd ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc)
+add_executable(clusterkvd
+  ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc
+  ${CMAKE_CURRENT_LIST_DIR}/service_manager.cc)
 target_link_libraries(clusterkvd PRIVATE clusterkv_rpc clusterkv_admin clusterkv_warnings)
