@@ -4,14 +4,11 @@ foreach(NAME cluster_scheduler extent_allocator host_pool piece_table ring_range
   target_link_libraries(${NAME}_test PRIVATE clusterkv::service)
 endforeach()
 
-clusterkv_add_test(size_plan_test
-  ${CMAKE_CURRENT_LIST_DIR}/core_fixture.cc ${CMAKE_CURRENT_LIST_DIR}/size_plan_test.cc)
-target_link_libraries(size_plan_test PRIVATE clusterkv::service)
-
 clusterkv_add_test(core_test
   ${CMAKE_CURRENT_LIST_DIR}/core_fixture.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_sequence_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_life_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_serve_test.cc
-  ${CMAKE_CURRENT_LIST_DIR}/core_session_test.cc)
+  ${CMAKE_CURRENT_LIST_DIR}/core_session_test.cc
+  ${CMAKE_CURRENT_LIST_DIR}/size_plan_test.cc)
 target_link_libraries(core_test PRIVATE clusterkv::service)
