@@ -4,6 +4,8 @@ add_library(clusterkv_admin STATIC
   ${CMAKE_CURRENT_LIST_DIR}/config.cc
   ${CMAKE_CURRENT_LIST_DIR}/config_help.cc
   ${CMAKE_CURRENT_LIST_DIR}/config_keys.cc
+  ${CMAKE_CURRENT_LIST_DIR}/daemon_status.cc
+  ${CMAKE_CURRENT_LIST_DIR}/grant_id.cc
   ${CMAKE_CURRENT_LIST_DIR}/logging.cc
   ${CMAKE_CURRENT_LIST_DIR}/metrics.cc
   ${CMAKE_CURRENT_LIST_DIR}/process_metrics.cc

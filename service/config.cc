@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <bit>
 #include <cctype>
+#include <string_view>
 
 #include "absl/strings/numbers.h"
 #include "gpu/status_macros.h"
@@ -23,8 +24,14 @@ namespace {
 constexpr char kUnixPrefix[] = "unix:";
 constexpr uint64_t kSmallestAutoChunk = 16ull << 20;
 constexpr uint64_t kLargestAutoChunk = 1ull << 30;
+// A chunk is lent whole to one session, and sessions may share one GiB.
+constexpr uint64_t kLargestAutoChunkOfDevices = 128ull << 20;
 constexpr uint64_t kChunkAlignment = 2ull << 20;  // one huge page
 constexpr size_t kLongestSocketPath = sizeof(sockaddr_un::sun_path) - 1;
+// Names of sockets below a folder, in bytes.
+constexpr size_t kLongestPluginSocket = std::string_view("clusterkv.sock").size();
+constexpr size_t kLongestGrantSocket =
+    std::string_view("0123456789abcdef/clusterkvd.sock.attach").size();
 
 // One `key = value` as someone wrote it.
 struct Setting {
@@ -87,8 +94,11 @@ absl::StatusOr<Flags> ReadFlags(int argc, const char* const* argv) {
     } else {
       // An unknown key is the better news.
       const std::string name = text.substr(2);
-      if (name != "config") CKV_RETURN_IF_ERROR(FindConfigKey(name, text).status());
-      return Bad(fmt::format("flags: {}: its value is missing", text));
+      if (name != "config") {
+        CKV_ASSIGN_OR_RETURN(const ConfigKey* key, FindConfigKey(name, text));
+        value = key->bare;
+      }
+      if (value.empty()) return Bad(fmt::format("flags: {}: its value is missing", text));
     }
     const std::string name = text.substr(2);
     if (Holds(flags.settings, name) || (name == "config" && flags.config_file)) {
@@ -252,7 +262,9 @@ absl::Status FinishMemory(Config& config) {
   }
   const bool chosen = config.host_chunk_bytes == 0;
   if (chosen) {
-    config.host_chunk_bytes = AutoHostChunk(config.host_memory_bytes);
+    config.host_chunk_bytes =
+        AutoHostChunk(config.host_memory_bytes,
+                      config.device_plugin ? ChunkUsers::kContainers : ChunkUsers::kSessions);
   }
   const std::string chunk = SizeText(config.host_chunk_bytes);
   if (config.host_chunk_bytes % kChunkAlignment != 0) {
@@ -264,6 +276,48 @@ absl::Status FinishMemory(Config& config) {
                            SizeText(config.host_memory_bytes), chosen ? "(auto) " : "", chunk));
   }
   config.host_memory_bytes -= config.host_memory_bytes % config.host_chunk_bytes;
+  return absl::OkStatus();
+}
+
+absl::Status CheckFolder(const std::string& key, const std::string& path, size_t longest_name) {
+  if (path.empty() || path.front() != '/') {
+    return Bad(fmt::format("{}: '{}': the path must be absolute", key, path));
+  }
+  const size_t longest = kLongestSocketPath - 1 - longest_name;
+  if (path.size() > longest) {
+    return Bad(
+        fmt::format("{}: '{}' has {} bytes, at most {}, or the sockets in it would have more "
+                    "than {}",
+                    key, path, path.size(), longest, kLongestSocketPath));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckDevicePlugin(const Config& config) {
+  if (!config.device_plugin) return absl::OkStatus();
+  CKV_RETURN_IF_ERROR(
+      CheckFolder("device-plugin-dir", config.device_plugin_dir, kLongestPluginSocket));
+  CKV_RETURN_IF_ERROR(CheckFolder("grants-dir", config.grants_dir, kLongestGrantSocket));
+  const uint64_t chunk = config.host_chunk_bytes;
+  if (chunk > kDeviceBytes || kDeviceBytes % chunk != 0) {
+    return Bad(
+        fmt::format("host-chunk: {} does not divide a GiB: chunks are lent whole, so that a "
+                    "container could not use all of its clusterkv.io/host-gib",
+                    SizeText(chunk)));
+  }
+  if (config.device_plugin_memory_bytes % kDeviceBytes != 0) {
+    return Bad(fmt::format("device-plugin-memory: {} is not whole GiB",
+                           SizeText(config.device_plugin_memory_bytes)));
+  }
+  if (config.device_plugin_memory_bytes > config.host_memory_bytes) {
+    return Bad(fmt::format("device-plugin-memory: {} is more than host-memory, {}",
+                           SizeText(config.device_plugin_memory_bytes),
+                           SizeText(config.host_memory_bytes)));
+  }
+  if (config.offered_bytes() == 0) {
+    return Bad(fmt::format("device-plugin: host-memory {} has no whole GiB to offer",
+                           SizeText(config.host_memory_bytes)));
+  }
   return absl::OkStatus();
 }
 
@@ -281,11 +335,19 @@ std::string Config::attach_socket_path() const {
   return listen.substr(sizeof(kUnixPrefix) - 1) + ".attach";
 }
 
-uint64_t AutoHostChunk(uint64_t host_memory_bytes) {
-  return std::clamp(std::bit_floor(host_memory_bytes / 32), kSmallestAutoChunk, kLargestAutoChunk);
+uint64_t AutoHostChunk(uint64_t host_memory_bytes, ChunkUsers users) {
+  return std::clamp(
+      std::bit_floor(host_memory_bytes / 32), kSmallestAutoChunk,
+      users == ChunkUsers::kContainers ? kLargestAutoChunkOfDevices : kLargestAutoChunk);
 }
 
 bool Config::admin_is_remote() const { return !IsLoopback(HostOf(admin_listen)); }
+
+uint64_t Config::offered_bytes() const {
+  if (!device_plugin) return 0;
+  if (device_plugin_memory_bytes > 0) return device_plugin_memory_bytes;
+  return host_memory_bytes - host_memory_bytes % kDeviceBytes;
+}
 
 absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
                                   const char* const* environment) {
@@ -311,6 +373,7 @@ absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
   CKV_RETURN_IF_ERROR(CheckAccess(config));
   config.requested_host_memory_bytes = config.host_memory_bytes;
   CKV_RETURN_IF_ERROR(FinishMemory(config));
+  CKV_RETURN_IF_ERROR(CheckDevicePlugin(config));
   return config;
 }
 

@@ -31,6 +31,10 @@ struct Config {
   int threads = 0;                               // 0: all cores
   std::optional<std::set<uint32_t>> allow_uids;  // nullopt: any
   std::optional<std::set<uint32_t>> allow_gids;
+  bool device_plugin = false;
+  uint64_t device_plugin_memory_bytes = 0;  // 0: every whole GiB of host_memory
+  std::string device_plugin_dir = "/var/lib/kubelet/device-plugins";
+  std::string grants_dir = "/var/lib/clusterkv/grants";
   uint32_t max_sessions = 64;
   uint32_t max_sequences_per_session = 1024;
   uint32_t max_arenas_per_session = 64;
@@ -43,15 +47,22 @@ struct Config {
 
   std::string attach_socket_path() const;
   bool admin_is_remote() const;  // admin_listen is not loopback
+  // Of host_memory, offered to the kubelet: whole GiB, 0 without the device plugin.
+  uint64_t offered_bytes() const;
 };
+
+// A device of the device plugin.
+constexpr uint64_t kDeviceBytes = 1ull << 30;
 
 // `environment` is a null-terminated list of NAME=VALUE.
 // Errors: INVALID_ARGUMENT that names the key, where it came from, and what is allowed.
 absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
                                   const char* const* environment);
 
-// What host-chunk auto is.
-uint64_t AutoHostChunk(uint64_t host_memory_bytes);
+// What host-chunk auto is. Containers (the device plugin's) have whole GiB, which several sessions
+// may share, and so get smaller chunks.
+enum class ChunkUsers { kSessions, kContainers };
+uint64_t AutoHostChunk(uint64_t host_memory_bytes, ChunkUsers users);
 
 // Every key with the value that is in force, and whether host-memory was rounded down.
 std::vector<std::pair<std::string, std::string>> EffectiveConfig(const Config& config);

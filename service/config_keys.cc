@@ -72,6 +72,21 @@ ConfigKey CountKey(std::string name, std::string help, T Config::*field, T low, 
           [field](const Config& config) { return std::to_string(config.*field); }};
 }
 
+ConfigKey SwitchKey(std::string name, std::string help, bool Config::*field) {
+  return {std::move(name),
+          "true|false",
+          std::move(help),
+          [field](Config& config, const std::string& text) -> absl::Status {
+            if (text != "true" && text != "false") {
+              return absl::InvalidArgumentError(fmt::format("'{}' is not true or false", text));
+            }
+            config.*field = text == "true";
+            return absl::OkStatus();
+          },
+          [field](const Config& config) { return config.*field ? "true" : "false"; },
+          "true"};
+}
+
 ConfigKey DurationKey(std::string name, std::string help, absl::Duration Config::*field) {
   return {std::move(name), "duration", std::move(help),
           [field](Config& config, const std::string& text) -> absl::Status {
@@ -108,11 +123,9 @@ std::vector<ConfigKey> AddressKeys() {
       TextKey("admin-listen", "address",
               "health, metrics and status over HTTP: a loopback HOST:PORT; port 0 picks one",
               &Config::admin_listen),
-      ChoiceKey(
-          "admin-allow-remote", {"false", "true"},
-          "admin-listen may be any address, in numbers: for kubelet's probes and Prometheus",
-          [](Config& config, size_t i) { config.admin_allow_remote = i == 1; },
-          [](const Config& config) { return config.admin_allow_remote ? 1u : 0u; }),
+      SwitchKey("admin-allow-remote",
+                "admin-listen may be any address, in numbers: for kubelet's probes and Prometheus",
+                &Config::admin_allow_remote),
   };
 }
 
@@ -145,7 +158,9 @@ std::vector<ConfigKey> ClientKeys() {
   return {
       IdsKey("allow-uids", "uids that may attach", &Config::allow_uids),
       IdsKey("allow-gids", "gids that may attach; either list is enough", &Config::allow_gids),
-      CountKey<uint32_t>("max-sessions", "open at the same time", &Config::max_sessions, 1, 65536),
+      CountKey<uint32_t>("max-sessions",
+                         "open at the same time, at the listen socket and at each container's",
+                         &Config::max_sessions, 1, 65536),
       CountKey<uint32_t>("max-sequences-per-session", "registered at the same time",
                          &Config::max_sequences_per_session, 1, 1u << 20),
       CountKey<uint32_t>("max-arenas-per-session", "rings and buffers",
@@ -153,6 +168,27 @@ std::vector<ConfigKey> ClientKeys() {
       DurationKey("drain-timeout", "after SIGTERM, before sessions are ended",
                   &Config::drain_timeout),
       DurationKey("attach-timeout", "for a new session to attach", &Config::attach_timeout),
+  };
+}
+
+std::vector<ConfigKey> DevicePluginKeys() {
+  return {
+      SwitchKey("device-plugin",
+                "offer host-memory to the kubelet as clusterkv.io/host-gib, one device a GiB; a "
+                "container that asks for some gets sockets of its own, CLUSTERKV_ADDRESS, and that "
+                "much; alone it is the same as true",
+                &Config::device_plugin),
+      SizeKey("device-plugin-memory",
+              "of host-memory, in whole GiB, what is offered and kept for containers; the rest is "
+              "for workers at the listen socket; auto: every whole GiB",
+              &Config::device_plugin_memory_bytes, "auto"),
+      TextKey("device-plugin-dir", "path",
+              "the kubelet's directory of device plugin sockets, where kubelet.sock lies",
+              &Config::device_plugin_dir),
+      TextKey("grants-dir", "path",
+              "folders that are mounted into containers, and which devices each has; must outlive "
+              "a restart, and have the same path here as on the node; set to 0700",
+              &Config::grants_dir),
   };
 }
 
@@ -187,7 +223,8 @@ size_t EditDistance(const std::string& a, const std::string& b) {
 const std::vector<ConfigKey>& ConfigKeys() {
   static const std::vector<ConfigKey> keys = [] {
     std::vector<ConfigKey> all;
-    for (auto* const group : {&AddressKeys, &MemoryKeys, &ClientKeys, &LogKeys}) {
+    for (auto* const group :
+         {&AddressKeys, &MemoryKeys, &ClientKeys, &DevicePluginKeys, &LogKeys}) {
       for (ConfigKey& key : (*group)()) all.push_back(std::move(key));
     }
     return all;

@@ -23,6 +23,8 @@ struct ConfigKey {
   std::function<absl::Status(Config&, const std::string&)> set;
   // As `set` would read it.
   std::function<std::string(const Config&)> get;
+  // What a flag without a value says; empty: it needs one.
+  std::string bare = {};
 };
 
 const std::vector<ConfigKey>& ConfigKeys();

@@ -29,18 +29,27 @@ void DescribeState(const gpu::StateLayout& layout, SizePlan& plan) {
   plan.rest = plan.state - plan.clusters - plan.window - plan.cache - plan.rows;
 }
 
-// A worker's sequences share its chunks; workers share none.
-uint64_t HostMemory(const SizeQuestion& question, const gpu::MethodOptions& method,
-                    uint64_t chunk_bytes) {
+// A worker's sequences share its chunks.
+uint64_t WorkerMemory(const SizeQuestion& question, const gpu::MethodOptions& method,
+                      uint32_t sequences, uint64_t chunk_bytes) {
   const double chunks = PieceTable::ChunksNeeded(question.shape, method, question.max_tokens,
                                                  question.max_tokens, chunk_bytes);
-  const auto of_worker = [&](uint32_t sequences) {
-    return static_cast<uint64_t>(std::ceil(chunks * sequences - 1e-6)) * chunk_bytes;
-  };
+  return static_cast<uint64_t>(std::ceil(chunks * sequences - 1e-6)) * chunk_bytes;
+}
+
+// Workers share none.
+uint64_t HostMemory(const SizeQuestion& question, const gpu::MethodOptions& method,
+                    uint64_t chunk_bytes) {
   const uint32_t fewer = question.sequences / question.workers;
   const uint32_t with_one_more = question.sequences % question.workers;
-  return with_one_more * of_worker(fewer + 1) +
-         (question.workers - with_one_more) * of_worker(fewer);
+  return with_one_more * WorkerMemory(question, method, fewer + 1, chunk_bytes) +
+         (question.workers - with_one_more) * WorkerMemory(question, method, fewer, chunk_bytes);
+}
+
+uint64_t WorkerGib(const SizeQuestion& question, const gpu::MethodOptions& method,
+                   uint64_t chunk_bytes) {
+  const uint32_t most = (question.sequences + question.workers - 1) / question.workers;
+  return RoundUp(WorkerMemory(question, method, most, chunk_bytes), kDeviceBytes) / kDeviceBytes;
 }
 
 }  // namespace
@@ -71,16 +80,20 @@ absl::StatusOr<SizePlan> PlanSize(const SizeQuestion& question) {
                     SizeText(plan.host_chunk), extent));
   }
   if (plan.host_chunk == 0) {
-    // The chunk follows from the memory, and the memory is whole chunks. From below, so that it
-    // ends.
-    plan.host_chunk = AutoHostChunk(0);
+    // The chunk follows from the memory, and the memory is whole chunks. From below: it ends.
+    plan.host_chunk = AutoHostChunk(0, ChunkUsers::kSessions);
     for (int i = 0; i < kChunkTries; ++i) {
-      const uint64_t next = AutoHostChunk(HostMemory(question, method, plan.host_chunk));
+      const uint64_t next =
+          AutoHostChunk(HostMemory(question, method, plan.host_chunk), ChunkUsers::kSessions);
       if (next <= plan.host_chunk && extent <= plan.host_chunk) break;
       plan.host_chunk = std::max(next, 2 * plan.host_chunk);
     }
   }
   plan.host_memory = HostMemory(question, method, plan.host_chunk);
+  const uint64_t of_containers = AutoHostChunk(UINT64_MAX, ChunkUsers::kContainers);
+  plan.worker_gib = WorkerGib(
+      question, method,
+      extent <= of_containers ? std::min(plan.host_chunk, of_containers) : plan.host_chunk);
   plan.host =
       static_cast<uint64_t>(PieceTable::ChunksNeeded(question.shape, method, question.max_tokens,
                                                      question.max_tokens, plan.host_chunk) *

@@ -35,6 +35,9 @@ struct SizePlan {
   uint64_t gpu_memory = 0;
   uint64_t host_memory = 0;
   uint64_t host_chunk = 0;
+  // As a container (--device-plugin): how many clusterkv.io/host-gib the worker with most sequences
+  // asks for.
+  uint64_t worker_gib = 0;
 };
 
 // Errors: INVALID_ARGUMENT that says what is allowed, also if a segment does not fit

@@ -43,6 +43,8 @@ std::string SizeTable(const SizeQuestion& question, const std::string& preset,
                       question.sequences, question.workers, question.workers == 1 ? "" : "s");
   text += fmt::format("  --host-memory {} --host-chunk {} --gpu-memory {}\n",
                       Flag(plan.host_memory), SizeText(plan.host_chunk), Flag(plan.gpu_memory));
+  text += fmt::format("  and as containers ask for clusterkv.io/host-gib: {}{}\n", plan.worker_gib,
+                      question.workers == 1 ? "" : " each");
   return text;
 }
 
@@ -58,7 +60,8 @@ std::string SizeJson(const SizePlan& plan) {
                                            {"host_bytes", plan.host}}},
                                          {"gpu_memory_bytes", plan.gpu_memory},
                                          {"host_memory_bytes", plan.host_memory},
-                                         {"host_chunk_bytes", plan.host_chunk}};
+                                         {"host_chunk_bytes", plan.host_chunk},
+                                         {"worker_gib", plan.worker_gib}};
   return object.dump(2) + "\n";
 }
 

@@ -273,7 +273,8 @@ tidy_is_silent() {
 
 part_lint() {
   check "lint: clang-format" format_is_kept
-  check "lint: what clang-tidy needs" configure_and_build release --target clusterkv_proto &&
+  check "lint: what clang-tidy needs" configure_and_build release \
+    --target clusterkv_proto clusterkv_kubelet_proto &&
     check "lint: clang-tidy" tidy_is_silent
 }
 

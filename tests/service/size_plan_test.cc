@@ -92,8 +92,13 @@ TEST(SizePlan, ChoosesAChunkAsTheDaemonDoes) {
   for (const uint32_t sequences : {1u, 4u, 100u}) {
     question.sequences = sequences;
     const SizePlan plan = *PlanSize(question);
-    EXPECT_EQ(plan.host_chunk, AutoHostChunk(plan.host_memory)) << sequences;
+    EXPECT_EQ(plan.host_chunk, AutoHostChunk(plan.host_memory, ChunkUsers::kSessions)) << sequences;
     EXPECT_EQ(plan.host_memory % plan.host_chunk, 0u);
+    // A container's chunks are smaller, and leave more over at their ends.
+    SizeQuestion of_container = question;
+    of_container.host_chunk_bytes = 128ull << 20;
+    EXPECT_EQ(plan.worker_gib,
+              (PlanSize(of_container)->host_memory + kDeviceBytes - 1) / kDeviceBytes);
   }
 }
 
