@@ -20,6 +20,7 @@
 #include "service/device_plugin/kubelet.h"
 #include "service/device_plugin/plugin_service.h"
 #include "service/logging.h"
+#include "service/rpc/without_reflection.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
@@ -52,6 +53,7 @@ class DevicePluginImpl : public DevicePlugin, public PluginRequests {
           fmt::format("device-plugin-dir: another device plugin serves {}", path_));
     }
     grpc::ServerBuilder builder;
+    builder.SetOption(std::make_unique<WithoutReflection>());
     builder.AddListeningPort("unix:" + path_, grpc::InsecureServerCredentials());
     builder.RegisterService(&service_);
     server_ = builder.BuildAndStart();

@@ -3,19 +3,21 @@
 #include <fmt/format.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/impl/server_builder_option.h>
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <memory>
 #include <mutex>
 #include <utility>
 
 #include "gpu/status_macros.h"
 #include "gpu/unique_fd.h"
 #include "service/rpc/cluster_kv_service.h"
+#include "service/rpc/without_reflection.h"
 #include "service/socket_lock.h"
 
 namespace clusterkv::service {
@@ -24,16 +26,6 @@ namespace {
 constexpr char kUnixPrefix[] = "unix:";
 constexpr int kMaxMessageBytes = 4 << 20;
 constexpr mode_t kGrantSocketMode = 0666;
-
-// Of one server: gRPC's own way gives it to all that are built later, and its calls, which are
-// synchronous, need threads.
-class Reflection : public grpc::ServerBuilderOption {
- public:
-  void UpdateArguments(grpc::ChannelArguments*) override {}
-  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
-    plugins->push_back(std::make_unique<grpc::reflection::ProtoServerReflectionPlugin>());
-  }
-};
 
 class GrpcServerImpl : public GrpcServer {
  public:
@@ -53,8 +45,9 @@ class GrpcServerImpl : public GrpcServer {
     }
     if (local) unlink(path.c_str());
     grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
-    if (!granted) builder.SetOption(std::make_unique<Reflection>());
+    if (granted) builder.SetOption(std::make_unique<WithoutReflection>());
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
     int port = 0;

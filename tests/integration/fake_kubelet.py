@@ -1,5 +1,5 @@
-"""A kubelet, as far as a device plugin sees it: a real gRPC registration server on kubelet.sock, and
-what it does with the plugin that registers. Follows the real one's order: Register, dial the
+"""A kubelet, as far as a device plugin sees it: a real gRPC registration server on kubelet.sock,
+and what it does with the plugin that registers. Follows the real one's order: Register, dial the
 plugin's socket, ListAndWatch for as long as it stands; at its start it empties its directory."""
 
 import os
@@ -39,7 +39,7 @@ class Kubelet(api.RegistrationServicer):
         return self
 
     def stop(self):
-        """Ends as a killed process does: connections close. The socket's file is left to start()."""
+        """Ends as a process does that is told to: connections close, the socket goes."""
         self.hang_up()
         self.server.stop(None).wait()
         self.server = None

@@ -1,5 +1,5 @@
-"""The device plugin, against a kubelet that this file plays: clusterkv.io/host-gib from registration
-to a worker in its container, and whatever either side does in between."""
+"""The device plugin, against a kubelet that the tests play: clusterkv.io/host-gib from
+registration to a worker in its container, and whatever either side does in between."""
 
 import contextlib
 import json
@@ -19,17 +19,18 @@ from attach import AttachSocket
 from daemon import bound, clean_environment, program, run_to_end, scratch
 from dense import Kv, decode_step, method_of, shape_of
 from fake_kubelet import Container, Kubelet
+from wire import ROOT, v1
 from wire import kubelet as api
-from wire import v1
-from worker import DIRECT, SERVED, Worker, channel_to
+from worker import SERVED, Worker, channel_to
 
 Code = grpc.StatusCode
 GIB = 1 << 30
-# A sequence for which 60 of the 64 chunks of a GiB are reserved: 32 rows of 512 bytes a token.
+# A sequence for which 15 of the 16 chunks of a GiB are reserved: 32 rows of 512 bytes a token.
 BIG_SHAPE = shape_of(layers=4, kv_heads=8, head_dim=128)
 BIG_METHOD = method_of(prompt_segment_tokens=2048, tokens_per_cluster=64)
 BIG_TOKENS = 56_000
 PROMPT = 200
+TRACE = ROOT / "tests/traces/smollm2-135m-moby-dick.safetensors"
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def node(tmp_path):
     folder = scratch()
     os.mkdir(f"{folder}/plugins")
     yield {"device-plugin": "true", "device-plugin-dir": f"{folder}/plugins",
-           "grants-dir": f"{folder}/grants", "host-memory": "3gb", "host-chunk": "16mb",
+           "grants-dir": f"{folder}/grants", "host-memory": "3gb", "host-chunk": "64mb",
            "host-memory-dir": f"{tmp_path}/kv"}
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -319,8 +320,9 @@ def test_nonsense_is_refused_and_changes_nothing(start_daemon, node, kubelet):
     daemon = start_daemon(node)
     kubelet.wait_registered()
     held = Container(kubelet.allocate(["gib-0"])[0])
-    for containers, message in (([["gib-7"]], "gib-7"), ([["gib-0", "x"]], "'x'"), ([[]], "no device"),
-                                ([["gib-1"], ["gib-1"]], "twice"), ([[""]], "unknown")):
+    for containers, message in (([["gib-7"]], "gib-7"), ([["gib-0", "x"]], "'x'"),
+                                ([[]], "no device"), ([["gib-1"], ["gib-1"]], "twice"),
+                                ([[""]], "unknown")):
         with refused(Code.INVALID_ARGUMENT, message=message):
             kubelet.allocate(*containers)
     assert kubelet.allocate() == []
@@ -507,12 +509,19 @@ def test_a_grant_costs_no_thread_and_little_memory(start_daemon, node, kubelet):
 
 
 def test_the_tools_take_their_address_from_the_container(start_daemon, node, kubelet):
-    start_daemon(node)
+    daemon = start_daemon(node)
     kubelet.wait_registered()
     container = Container(kubelet.allocate(["gib-1"])[0])
     done = subprocess.run(
         [program("clusterkvctl"), "status", "--format", "json"], capture_output=True, text=True,
         env=clean_environment(CLUSTERKV_ADDRESS=container.address), timeout=bound(30), check=True)
     assert json.loads(done.stdout)["host_bytes"]["total"] == GIB
-    with Worker(container.address) as worker:
-        assert worker.register(shape_of(), method_of(), 300, DIRECT).id
+    # The C++ client, all the way: prompt, three steps direct, and the attach socket beside its own.
+    sessions = daemon.metrics()["clusterkv_sessions_started_total"]
+    done = subprocess.run(
+        [program("clusterkv-replay"), str(TRACE), "--methods", "clusterkv", "--budgets", "64",
+         "--steps", "3", "--format", "json"], capture_output=True, text=True, timeout=bound(60),
+        env=clean_environment(CLUSTERKV_ADDRESS=container.address), check=True)
+    assert json.loads(done.stdout)["results"][0]["method"] == "clusterkv"
+    assert daemon.metrics()["clusterkv_sessions_started_total"] > sessions
+    daemon.wait_until_free()
