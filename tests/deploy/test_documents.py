@@ -1,6 +1,7 @@
 """deploy/*.md: what is generated is up to date, commands print what is shown of them, links lead
 somewhere."""
 
+import json
 import math
 import re
 import shlex
@@ -42,6 +43,24 @@ def test_sizing_guide_shows_what_the_program_says():
         done = subprocess.run([BIN / words[0], *words[1:]], check=True, capture_output=True,
                               text=True)
         assert done.stdout == output, f"{command} prints\n{done.stdout}"
+
+
+FORMULAS = {"full KV": "full_kv_bytes", "cluster cache": "cache_bytes",
+            "clusters": "clusters_bytes", "sinks and window": "window_bytes",
+            "slots of rows": "rows_bytes"}
+
+
+def test_formulas_of_the_guide_give_what_the_program_says():
+    """The last column of their table, with numbers in it."""
+    done = subprocess.run([BIN / "clusterkv-size", "--tokens=131072", "--format=json"], check=True,
+                          capture_output=True, text=True)
+    said = json.loads(done.stdout)["sequence"]
+    text = (ROOT / "deploy" / "SIZING.md").read_text(encoding="utf-8")
+    for name, key in FORMULAS.items():
+        sums = re.search(rf"^\| {name} \| .* \| ([\d,x+() -]+) \|$", text, re.MULTILINE).group(1)
+        value = eval(sums.replace(",", "").replace("x", "*"))  # pylint: disable=eval-used
+        # Parts of the state begin on 256 bytes.
+        assert 0 <= said[key] - value < 4 * 256, (name, value, said[key])
 
 
 def test_what_is_left_to_an_engine_is_what_the_program_leaves():
