@@ -113,6 +113,14 @@ void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals,
   LogWarning("ending the sessions that are left");
 }
 
+AttachOptions AttachOptionsOf(const Config& config) {
+  return {.path = config.attach_socket_path(),
+          .allow_any = !config.allow_uids || !config.allow_gids,
+          .allow_uids = config.allow_uids.value_or(std::set<uint32_t>{}),
+          .allow_gids = config.allow_gids.value_or(std::set<uint32_t>{}),
+          .hello_timeout = config.attach_timeout};
+}
+
 absl::StatusOr<std::unique_ptr<DevicePlugin>> CreateDevicePlugin(const Config& config,
                                                                  ServiceCore& core,
                                                                  AttachServer& attach) {
@@ -147,14 +155,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   CKV_ASSIGN_OR_RETURN(
       auto grpc, GrpcServer::Create(
                      {.listen = config.listen, .attach_path = config.attach_socket_path()}, *core));
-  CKV_ASSIGN_OR_RETURN(
-      auto attach,
-      AttachServer::Create({.path = config.attach_socket_path(),
-                            .allow_any = !config.allow_uids || !config.allow_gids,
-                            .allow_uids = config.allow_uids.value_or(std::set<uint32_t>{}),
-                            .allow_gids = config.allow_gids.value_or(std::set<uint32_t>{}),
-                            .hello_timeout = config.attach_timeout},
-                           *core));
+  CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core));
   CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach));
   CKV_ASSIGN_OR_RETURN(auto admin,
                        AdminServer::Create({.listen = config.admin_listen, .status = [&] {

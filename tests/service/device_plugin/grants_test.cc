@@ -17,7 +17,6 @@ using absl::StatusCode;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
-using testing::UnorderedElementsAre;
 
 class RecordedSockets : public GrantSockets {
  public:
