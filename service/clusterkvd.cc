@@ -7,6 +7,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <future>
 #include <memory>
@@ -25,6 +26,7 @@
 #include "service/logging.h"
 #include "service/rpc/grant_servers.h"
 #include "service/rpc/grpc_server.h"
+#include "service/service_manager.h"
 #include "service/version.h"
 
 namespace clusterkv::service {
@@ -77,6 +79,12 @@ class Signals {
  private:
   sigset_t set_;
 };
+
+// To systemd, if it asked.
+void Tell(const std::string& state) {
+  const absl::Status told = NotifyServiceManager(std::getenv("NOTIFY_SOCKET"), state);
+  if (!told.ok()) LogWarning("cannot tell systemd", {{"why", std::string(told.message())}});
+}
 
 // Sockets, memory of sessions and their processes are descriptors: the usual soft limit of 1,024 is
 // for programs that use select.
@@ -164,6 +172,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   grpc->SetServing(true);
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());
   std::fflush(stdout);
+  Tell("READY=1");
 
   // The kubelet hears of us at once.
   do {
@@ -174,6 +183,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   // The order of shutdown.
   LogInfo("draining", {{"timeout", absl::FormatDuration(config.drain_timeout)}});
   grpc->SetServing(false);
+  Tell("STOPPING=1");
   Drain(*core, config.drain_timeout, signals, tick);
   core->EndAllSessions();
   if (plugin != nullptr) plugin->Shutdown(absl::Seconds(2));
@@ -201,6 +211,10 @@ int Main(int argc, char** argv) {
   InitLogging(config->log_format, config->log_level);
   for (const auto& [key, value] : EffectiveConfig(*config)) {
     LogInfo("config", {{"key", key}, {"value", value}});
+  }
+  if (config->admin_is_remote()) {
+    LogWarning("whoever reaches the admin port may read health, metrics and status",
+               {{"admin-listen", config->admin_listen}});
   }
   const absl::Status served = Serve(*config, signals);
   if (!served.ok()) {

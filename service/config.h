@@ -20,6 +20,7 @@ struct Config {
   std::string listen = "unix:/run/clusterkv/clusterkvd.sock";
   std::string attach_path;  // empty: the UNIX socket's path with .attach
   std::string admin_listen = "127.0.0.1:9464";
+  bool admin_allow_remote = false;           // admin_listen may be more than loopback
   uint64_t host_memory_bytes = 2ull << 30;   // whole chunks
   uint64_t requested_host_memory_bytes = 0;  // before that rounding
   std::string host_memory_dir = "/dev/shm/clusterkv";
@@ -47,6 +48,7 @@ struct Config {
 
   std::string attach_socket_path() const;
   absl::Duration poll_duration() const;  // auto: where there are cores to spare
+  bool admin_is_remote() const;  // admin_listen is not loopback
   // Of host_memory, offered to the kubelet: whole GiB, 0 without the device plugin.
   uint64_t offered_bytes() const;
 };
@@ -58,6 +60,11 @@ constexpr uint64_t kDeviceBytes = 1ull << 30;
 // Errors: INVALID_ARGUMENT that names the key, where it came from, and what is allowed.
 absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
                                   const char* const* environment);
+
+// What host-chunk auto is. Containers (the device plugin's) have whole GiB, which several sessions
+// may share, and so get smaller chunks.
+enum class ChunkUsers { kSessions, kContainers };
+uint64_t AutoHostChunk(uint64_t host_memory_bytes, ChunkUsers users);
 
 // Every key with the value that is in force, and whether host-memory was rounded down.
 std::vector<std::pair<std::string, std::string>> EffectiveConfig(const Config& config);

@@ -123,6 +123,9 @@ std::vector<ConfigKey> AddressKeys() {
       TextKey("admin-listen", "address",
               "health, metrics and status over HTTP: a loopback HOST:PORT; port 0 picks one",
               &Config::admin_listen),
+      SwitchKey("admin-allow-remote",
+                "admin-listen may be any address, in numbers: for kubelet's probes and Prometheus",
+                &Config::admin_allow_remote),
   };
 }
 

@@ -12,6 +12,9 @@
 
 namespace clusterkv::service {
 
+// Before a key in the environment.
+inline constexpr char kEnvironmentPrefix[] = "CLUSTERKV_";
+
 struct ConfigKey {
   std::string name;  // kebab-case
   std::string type;

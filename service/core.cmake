@@ -14,6 +14,7 @@ add_library(clusterkv_service STATIC
   ${CMAKE_CURRENT_LIST_DIR}/piece_table.cc
   ${CMAKE_CURRENT_LIST_DIR}/ring_ranges.cc
   ${CMAKE_CURRENT_LIST_DIR}/session_memory.cc
+  ${CMAKE_CURRENT_LIST_DIR}/size_plan.cc
   ${CMAKE_CURRENT_LIST_DIR}/serve_tensors.cc
   ${CMAKE_CURRENT_LIST_DIR}/task_queue.cc)
 add_library(clusterkv::service ALIAS clusterkv_service)

@@ -31,5 +31,7 @@ add_library(clusterkv_device_plugin STATIC
 target_link_libraries(clusterkv_device_plugin
   PUBLIC clusterkv_grants clusterkv_rpc clusterkv_kubelet_proto PRIVATE clusterkv_warnings)
 
-add_executable(clusterkvd ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc)
+add_executable(clusterkvd
+  ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc
+  ${CMAKE_CURRENT_LIST_DIR}/service_manager.cc)
 target_link_libraries(clusterkvd PRIVATE clusterkv_device_plugin clusterkv_rpc clusterkv_admin clusterkv_warnings)

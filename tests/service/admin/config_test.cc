@@ -81,6 +81,8 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "--attach-path=/run/a.sock",
                             "--admin-listen",
                             "[::1]:0",
+                            "--admin-allow-remote",
+                            "true",
                             "--host-memory",
                             "1gb",
                             "--host-memory-dir=/mnt/huge",
@@ -119,6 +121,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->listen, "127.0.0.1:0");
   EXPECT_EQ(config->attach_socket_path(), "/run/a.sock");
   EXPECT_EQ(config->admin_listen, "[::1]:0");
+  EXPECT_TRUE(config->admin_allow_remote);
   EXPECT_EQ(config->host_memory_bytes, 1ull << 30);
   EXPECT_EQ(config->host_memory_dir, "/mnt/huge");
   EXPECT_EQ(config->host_chunk_bytes, 32ull << 20);
@@ -217,6 +220,16 @@ TEST(Config, LeavesTheClientsAndTheTestsVariablesAlone) {
                   .ok());
 }
 
+TEST(Config, OpensTheAdminPortOnlyWhenAskedTo) {
+  EXPECT_FALSE(Load({})->admin_is_remote());
+  EXPECT_FALSE(Load({"--admin-allow-remote=true"})->admin_is_remote());
+  for (const char* address : {"0.0.0.0:9464", "[::]:9464", "10.1.2.3:0"}) {
+    const auto config = Load({"--admin-allow-remote", "true", "--admin-listen", address});
+    ASSERT_TRUE(config.ok()) << config.status();
+    EXPECT_TRUE(config->admin_is_remote());
+  }
+}
+
 struct BadFlags {
   Words flags;
   std::string key;      // that the message names
@@ -275,7 +288,17 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--listen", "unix:/" + std::string(104, 'x')}, "attach-path", "at most 107"},
       {{"--attach-path", "here"}, "attach-path", "absolute"},
       {{"--listen", "unix:/a", "--attach-path", "/a"}, "attach-path", "listen socket"},
-      {{"--admin-listen", "0.0.0.0:9464"}, "admin-listen", "loopback"},
+      {{"--admin-listen", "0.0.0.0:9464"}, "admin-listen", "admin-allow-remote"},
+      {{"--admin-listen", "0.0.0.0:9464", "--admin-allow-remote=false"},
+       "admin-listen",
+       "loopback"},
+      {{"--admin-listen", "node1:9464", "--admin-allow-remote=true"}, "admin-listen", "in numbers"},
+      {{"--admin-listen", "[::x]:9464", "--admin-allow-remote=true"}, "admin-listen", "in numbers"},
+      {{"--admin-listen", "0.0.0.0", "--admin-allow-remote=true"}, "admin-listen", "HOST:PORT"},
+      {{"--admin-allow-remote", "yes"}, "--admin-allow-remote", "true or false"},
+      {{"--listen", "0.0.0.0:7000", "--attach-path", "/a", "--admin-allow-remote=true"},
+       "listen",
+       "loopback"},
       {{"--admin-listen", "9464"}, "admin-listen", "HOST:PORT"},
       {{"--admin-listen", "127.0.0.1:http"}, "admin-listen", "HOST:PORT"},
       {{"--admin-listen", "unix:/run/x"}, "admin-listen", "HOST:PORT"},
@@ -362,6 +385,18 @@ TEST(Config, HelpAndVersionComeBeforeEverythingElse) {
   EXPECT_THAT(help->early_output, AllOf(HasSubstr("--config "), HasSubstr("[2gb]"),
                                         HasSubstr("auto|host|cuda"), Not(HasSubstr("\t"))));
   EXPECT_EQ(Load({"--version"})->early_output, "clusterkvd " CLUSTERKV_VERSION "\n");
+}
+
+TEST(Config, HelpIsAlsoAPage) {
+  const auto page = Load({"--help=markdown"});
+  ASSERT_TRUE(page.ok()) << page.status();
+  for (const auto& [key, value] : EffectiveConfig(*Load({}))) {
+    EXPECT_THAT(page->early_output, HasSubstr("| `" + key + "` | `CLUSTERKV_"));
+  }
+  EXPECT_THAT(page->early_output,
+              AllOf(HasSubstr("| `host-memory` | `CLUSTERKV_HOST_MEMORY` | size | `2gb` |"),
+                    HasSubstr("auto\\|host\\|cuda"), HasSubstr("the daemon's own uid")));
+  EXPECT_EQ(Load({"--help=html"}).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 }  // namespace
