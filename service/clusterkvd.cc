@@ -107,7 +107,8 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .max_sessions = config.max_sessions,
                                       .max_sequences_per_session = config.max_sequences_per_session,
                                       .max_arenas_per_session = config.max_arenas_per_session,
-                                      .attach_timeout = config.attach_timeout},
+                                      .attach_timeout = config.attach_timeout,
+                                      .audit_share = config.audit_share},
                                      std::move(device), std::move(pool)));
   CKV_ASSIGN_OR_RETURN(auto grpc,
                        GrpcServer::Create(config.listen, config.attach_socket_path(), *core));
@@ -119,9 +120,13 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                             .allow_gids = config.allow_gids.value_or(std::set<uint32_t>{}),
                             .hello_timeout = config.attach_timeout},
                            *core));
+  const auto status = [&core, &grpc] {
+    DaemonStatus taken = core->status();
+    taken.rpcs = grpc->calls();
+    return taken;
+  };
   CKV_ASSIGN_OR_RETURN(auto admin,
-                       AdminServer::Create({.listen = config.admin_listen,
-                                            .status = [&core] { return core->status(); }}));
+                       AdminServer::Create({.listen = config.admin_listen, .status = status}));
   grpc->SetServing(true);
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());
   std::fflush(stdout);

@@ -35,6 +35,7 @@ struct Config {
   uint32_t max_arenas_per_session = 64;
   absl::Duration drain_timeout = absl::Seconds(10);
   absl::Duration attach_timeout = absl::Seconds(10);
+  double audit_share = 0.05;  // of a core
   LogLevel log_level = LogLevel::kInfo;
   LogFormat log_format = LogFormat::kText;
 

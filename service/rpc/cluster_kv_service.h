@@ -3,16 +3,19 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "clusterkv/v1/clusterkv.grpc.pb.h"
 #include "service/core.h"
+#include "service/rpc/rpc_counters.h"
 
 namespace clusterkv::service {
 
 class ClusterKvService : public v1::ClusterKv::CallbackService {
  public:
-  ClusterKvService(ServiceCore& core, std::string attach_path)
-      : core_(core), attach_path_(std::move(attach_path)) {}
+  // Both must outlive it.
+  ClusterKvService(ServiceCore& core, RpcCounters& counters, std::string attach_path)
+      : core_(core), counters_(counters), attach_path_(std::move(attach_path)) {}
 
   grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>* Session(
       grpc::CallbackServerContext* context) override;
@@ -31,6 +34,9 @@ class ClusterKvService : public v1::ClusterKv::CallbackService {
   grpc::ServerUnaryReactor* FetchClusters(grpc::CallbackServerContext* context,
                                           const v1::FetchClustersRequest* request,
                                           v1::FetchClustersReply* reply) override;
+  grpc::ServerUnaryReactor* AuditStep(grpc::CallbackServerContext* context,
+                                      const v1::AuditStepRequest* request,
+                                      v1::AuditStepReply* reply) override;
   grpc::ServerUnaryReactor* ReleaseSequence(grpc::CallbackServerContext* context,
                                             const v1::ReleaseSequenceRequest* request,
                                             v1::ReleaseSequenceReply* reply) override;
@@ -43,6 +49,7 @@ class ClusterKvService : public v1::ClusterKv::CallbackService {
 
  private:
   ServiceCore& core_;
+  RpcCounters& counters_;
   const std::string attach_path_;
 };
 

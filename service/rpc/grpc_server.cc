@@ -15,6 +15,7 @@
 #include "gpu/status_macros.h"
 #include "gpu/unique_fd.h"
 #include "service/rpc/cluster_kv_service.h"
+#include "service/rpc/rpc_counters.h"
 #include "service/socket_lock.h"
 
 namespace clusterkv::service {
@@ -25,7 +26,8 @@ constexpr int kMaxMessageBytes = 4 << 20;
 
 class GrpcServerImpl : public GrpcServer {
  public:
-  GrpcServerImpl(ServiceCore& core, const std::string& attach_path) : service_(core, attach_path) {}
+  GrpcServerImpl(ServiceCore& core, const std::string& attach_path)
+      : service_(core, counters_, attach_path) {}
   ~GrpcServerImpl() override { Shutdown(absl::ZeroDuration()); }
 
   absl::Status Start(const std::string& listen) {
@@ -56,6 +58,7 @@ class GrpcServerImpl : public GrpcServer {
   }
 
   const std::string& address() const override { return address_; }
+  std::vector<RpcStatus> calls() const override { return counters_.status(); }
 
   void SetServing(bool serving) override {
     if (auto* health = server_->GetHealthCheckService()) {
@@ -73,6 +76,7 @@ class GrpcServerImpl : public GrpcServer {
   }
 
  private:
+  RpcCounters counters_;
   ClusterKvService service_;
   gpu::UniqueFd lock_;  // released after the server has removed its socket
   std::string address_;

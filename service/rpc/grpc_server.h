@@ -3,9 +3,11 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "service/daemon_status.h"
 
 namespace clusterkv::service {
 
@@ -23,7 +25,8 @@ class GrpcServer {
   virtual ~GrpcServer() = default;
 
   virtual const std::string& address() const = 0;  // with the port that was picked
-  virtual void SetServing(bool serving) = 0;       // grpc.health.v1
+  virtual std::vector<RpcStatus> calls() const = 0;
+  virtual void SetServing(bool serving) = 0;  // grpc.health.v1
   // Waits for running calls up to the timeout, then cancels them. Idempotent.
   virtual void Shutdown(absl::Duration timeout) = 0;
 };

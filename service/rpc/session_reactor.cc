@@ -72,9 +72,10 @@ class SessionReactor::Sink : public SessionSink {
   SessionReactor* reactor_;  // guarded by mu_; null once the stream is done
 };
 
-SessionReactor::SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context,
-                               std::string attach_path)
-    : core_(core),
+SessionReactor::SessionReactor(RpcCounters& counters, ServiceCore& core,
+                               grpc::CallbackServerContext& context, std::string attach_path)
+    : CountedReactor(counters, "Session"),
+      core_(core),
       context_(context),
       attach_path_(std::move(attach_path)),
       sink_(std::make_shared<Sink>(*this, core)) {
@@ -105,7 +106,7 @@ void SessionReactor::OnReadDone(bool ok) {
       std::lock_guard lock(mu_);
       session = session_;
     }
-    if (session != 0) return core_.EndSession(session, why);
+    if (session != 0) return core_.EndSession(session, why, SessionEnd::kProtocolError);
     return FinishOnce(why);
   }
   greeted_ = true;
@@ -154,7 +155,8 @@ void SessionReactor::Send(v1::SessionEvent event) {
   }
   if (stuck != 0) {
     core_.EndSession(
-        stuck, absl::AbortedError(fmt::format("the worker has not read {} events", kMaxOutgoing)));
+        stuck, absl::AbortedError(fmt::format("the worker has not read {} events", kMaxOutgoing)),
+        SessionEnd::kProtocolError);
   }
 }
 
@@ -171,7 +173,7 @@ void SessionReactor::OnWriteDone(bool ok) {
     outgoing_.clear();
     why = why_;
   }
-  Finish(ToGrpcStatus(why));
+  Answer(ToGrpcStatus(why));
 }
 
 void SessionReactor::OnCancel() {
@@ -199,7 +201,7 @@ void SessionReactor::FinishOnce(const absl::Status& why) {
       return;
     }
   }
-  Finish(ToGrpcStatus(why));
+  Answer(ToGrpcStatus(why));
 }
 
 void SessionReactor::OnDone() {

@@ -194,6 +194,8 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--allow-uids", ""}, "allow-uids", "nobody could attach"},
       {{"--drain-timeout", "10"}, "--drain-timeout", "write 10s"},
       {{"--attach-timeout", "-1s"}, "--attach-timeout", "write 10s"},
+      {{"--audit-share", "1.5"}, "--audit-share", "from 0 to 1"},
+      {{"--audit-share", "nan"}, "--audit-share", "from 0 to 1"},
       {{"--log-level", "loud"}, "--log-level", "debug|info|warning|error"},
       {{"--log-format", "xml"}, "--log-format", "text|json"},
       {{"--listen", "0.0.0.0:7000"}, "listen", "loopback"},
