@@ -1,6 +1,6 @@
 // The audit of decode steps: what a worker chose, against exact attention over the host store.
 //
-//   AuditStep ─check─► audit thread: RunAudit over the rows where they lie ─► counters
+//   AuditStep ─► audit thread: check, RunAudit over the rows where they lie ─► counters
 //
 // The rows of published segments never change, and the sequence stays while its audit runs. One
 // audit at a time, and after each as long a pause as keeps the thread within --audit-share of a
@@ -16,6 +16,12 @@
 #include "service/recall_audit.h"
 
 namespace clusterkv::service {
+namespace {
+
+// Candidates times query heads of one audit, some tenths of a second: a release waits for it.
+constexpr uint64_t kMaxScores = 1ull << 25;
+
+}  // namespace
 
 void ServiceCore::AuditDecodeStep(SessionKey key, AuditRequest request, Completion<bool> done) {
   Call<bool>(std::move(done), [this, key = std::move(key),
@@ -27,7 +33,10 @@ void ServiceCore::AuditDecodeStep(SessionKey key, AuditRequest request, Completi
     auto step = std::make_shared<AuditStep>();
     absl::Status bad = PrepareAudit(**sequence, std::move(request), *step);
     if (!bad.ok()) return reply(bad);
-    if (options_.audit_share <= 0 || auditing_ || options_.now() < next_audit_) {
+    const uint64_t scores =
+        uint64_t{step->shape.q_heads} * (step->candidates_end - step->candidates_begin);
+    if (options_.audit_share <= 0 || auditing_ || options_.now() < next_audit_ ||
+        scores > kMaxScores) {
       ++counters_.audit.skipped;
       return reply(false);
     }
@@ -72,7 +81,7 @@ absl::Status ServiceCore::PrepareAudit(const Sequence& sequence, AuditRequest re
     }
     begin = sequence.segment_ends[segment];
   }
-  return CheckAuditStep(step);
+  return absl::OkStatus();
 }
 
 void ServiceCore::StartAudit(Sequence& sequence, const std::shared_ptr<AuditStep>& step,
@@ -81,14 +90,15 @@ void ServiceCore::StartAudit(Sequence& sequence, const std::shared_ptr<AuditStep
   ++sequence.in_flight;
   audit_.Post([this, &sequence, step, done] {
     const auto begun = std::chrono::steady_clock::now();
-    const AuditResult result = RunAudit(*step);
+    const absl::Status checked = CheckAuditStep(*step);
+    const AuditResult result = checked.ok() ? RunAudit(*step) : AuditResult();
     const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
-    core_.Post([this, &sequence, result, seconds, done] {
+    core_.Post([this, &sequence, checked, result, seconds, done] {
       auditing_ = false;
       next_audit_ = options_.now() + absl::Seconds(seconds * (1 / options_.audit_share - 1));
       AuditStatus& audit = counters_.audit;
-      audit.steps += 1;
+      audit.steps += checked.ok() ? 1 : 0;
       audit.seconds += seconds;
       audit.recall_heads += result.heads;
       audit.recall_sum += result.recall_sum;
@@ -97,7 +107,8 @@ void ServiceCore::StartAudit(Sequence& sequence, const std::shared_ptr<AuditStep
       --sequence.in_flight;
       MaybeFinishRelease(sequence);
       PublishStatus();
-      done(true);
+      if (checked.ok()) return done(true);
+      done(checked);
     });
   });
 }

@@ -92,12 +92,12 @@ void AddCacheMetrics(MetricFamilies& families, const DaemonStatus& status) {
                      mode.counters->evicted_bytes, labels);
   });
   each_mode([&](const Mode& mode, MetricLabels labels) {
-    labels["state"] = "used";
-    families.Gauge("clusterkv_cache_bytes", "Cluster caches of live sequences.",
-                   mode.fill->used_bytes, labels);
-    labels["state"] = "free";
-    families.Gauge("clusterkv_cache_bytes", "", mode.fill->capacity_bytes - mode.fill->used_bytes,
-                   labels);
+    const uint64_t used = mode.fill->used_bytes;
+    for (const auto& [state, bytes] :
+         {std::pair("used", used), std::pair("free", mode.fill->capacity_bytes - used)}) {
+      labels["state"] = state;
+      families.Gauge("clusterkv_cache_bytes", "Cluster caches of live sequences.", bytes, labels);
+    }
   });
   families.Counter("clusterkv_host_gathered_bytes_total", "Bytes gathered from the host store.",
                    status.direct.gathered_bytes + status.served.gathered_bytes);

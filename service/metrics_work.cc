@@ -63,11 +63,13 @@ void AddIngestMetrics(MetricFamilies& families, const DaemonStatus& status) {
                         ingest.range);
   families.Gauge("clusterkv_ingest_ranges_in_flight",
                  "Ranges handed over whose credit has not been returned.", ingest.ranges_in_flight);
-  families.Gauge("clusterkv_ingest_ring_bytes",
-                 "Rings of the workers: arenas that a range was handed over in.",
-                 ingest.ring_used_bytes, {{"state", "used"}});
-  families.Gauge("clusterkv_ingest_ring_bytes", "", ingest.ring_bytes - ingest.ring_used_bytes,
-                 {{"state", "free"}});
+  for (const auto& [state, bytes] :
+       {std::pair("used", ingest.ring_used_bytes),
+        std::pair("free", ingest.ring_bytes - ingest.ring_used_bytes)}) {
+    families.Gauge("clusterkv_ingest_ring_bytes",
+                   "Rings of the workers: arenas that a range was handed over in.", bytes,
+                   {{"state", state}});
+  }
 }
 
 void AddClusteringMetrics(MetricFamilies& families, const DaemonStatus& status) {
@@ -94,9 +96,11 @@ void AddClusteringMetrics(MetricFamilies& families, const DaemonStatus& status) 
                    clustering.seconds);
   families.Counter("clusterkv_cluster_batches_total", "Batches of clustering begun.",
                    clustering.batches);
-  families.Gauge("clusterkv_cluster_jobs", "Layers of segments that are to be clustered.",
-                 clustering.waiting_jobs, {{"state", "waiting"}});
-  families.Gauge("clusterkv_cluster_jobs", "", clustering.running_jobs, {{"state", "running"}});
+  for (const auto& [state, jobs] : {std::pair("waiting", clustering.waiting_jobs),
+                                    std::pair("running", clustering.running_jobs)}) {
+    families.Gauge("clusterkv_cluster_jobs", "Layers of segments that are to be clustered.", jobs,
+                   {{"state", state}});
+  }
   families.Gauge("clusterkv_cluster_oldest_job_seconds",
                  "Time since the oldest of them was ready; 0: there is none.",
                  clustering.oldest_job_seconds);

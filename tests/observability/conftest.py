@@ -8,5 +8,5 @@ import sys
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-for folder in ("tests/integration", "deploy/observe", "deploy/grafana", "deploy"):
+for folder in ("tests/integration", "deploy/observe", "deploy"):
     sys.path.insert(0, str(ROOT / folder))
