@@ -92,7 +92,8 @@ absl::StatusOr<ServiceCore::Sample> ServiceCore::TakeSample(const Sequence& sequ
 // is the one that serves it, so that no step runs meanwhile.
 void ServiceCore::TakeSamples(std::vector<Sequence*> sequences) {
   std::erase_if(sequences, [](const Sequence* sequence) { return sequence->state == nullptr; });
-  std::ranges::stable_partition(sequences, &Sequence::served);
+  std::stable_partition(sequences.begin(), sequences.end(),
+                        [](const Sequence* sequence) { return sequence->served(); });
   for (size_t begin = 0; begin < sequences.size();) {
     const bool served = sequences[begin]->served();
     std::vector<Sequence*> slice;
