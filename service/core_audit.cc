@@ -24,8 +24,8 @@ constexpr uint64_t kMaxScores = 1ull << 25;
 }  // namespace
 
 void ServiceCore::AuditDecodeStep(SessionKey key, AuditRequest request, Completion<bool> done) {
-  Call<bool>(std::move(done), [this, key = std::move(key),
-                               request = std::move(request)](Completion<bool> reply) mutable {
+  Call<bool>(std::move(done), [this, key = std::move(key), request = std::move(request)](
+                                  const Completion<bool>& reply) mutable {
     auto session = FindSession(key);
     if (!session.ok()) return reply(session.status());
     auto sequence = FindSequence(**session, request.sequence);

@@ -33,6 +33,7 @@ std::vector<RpcStatus> AllMethods() {
 
 std::vector<std::string> Names(const std::vector<RpcStatus>& methods) {
   std::vector<std::string> names;
+  names.reserve(methods.size());
   for (const RpcStatus& method : methods) names.push_back(method.method);
   return names;
 }
