@@ -122,6 +122,12 @@ absl::StatusOr<v1::FetchClustersReply> Connection::FetchClusters(
                       absl::StrCat("FetchClusters at ", address_), request, deadline);
 }
 
+absl::StatusOr<v1::AuditStepReply> Connection::AuditStep(const v1::AuditStepRequest& request,
+                                                         const Deadline& deadline) {
+  return stubs_->Call(&v1::ClusterKv::Stub::AuditStep, absl::StrCat("AuditStep at ", address_),
+                      request, deadline);
+}
+
 absl::StatusOr<v1::ReleaseSequenceReply> Connection::ReleaseSequence(
     const v1::ReleaseSequenceRequest& request, const Deadline& deadline) {
   return stubs_->Call(&v1::ClusterKv::Stub::ReleaseSequence,

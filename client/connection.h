@@ -47,6 +47,8 @@ class Connection {
                                                        const Deadline& deadline);
   absl::StatusOr<v1::FetchClustersReply> FetchClusters(const v1::FetchClustersRequest& request,
                                                        const Deadline& deadline);
+  absl::StatusOr<v1::AuditStepReply> AuditStep(const v1::AuditStepRequest& request,
+                                               const Deadline& deadline);
   absl::StatusOr<v1::ReleaseSequenceReply> ReleaseSequence(
       const v1::ReleaseSequenceRequest& request, const Deadline& deadline);
   absl::StatusOr<v1::ListSequencesReply> ListSequences(const v1::ListSequencesRequest& request,

@@ -7,7 +7,11 @@ add_library(clusterkv_admin STATIC
   ${CMAKE_CURRENT_LIST_DIR}/daemon_status.cc
   ${CMAKE_CURRENT_LIST_DIR}/grant_id.cc
   ${CMAKE_CURRENT_LIST_DIR}/logging.cc
+  ${CMAKE_CURRENT_LIST_DIR}/metric_families.cc
   ${CMAKE_CURRENT_LIST_DIR}/metrics.cc
+  ${CMAKE_CURRENT_LIST_DIR}/metrics_cache.cc
+  ${CMAKE_CURRENT_LIST_DIR}/metrics_clients.cc
+  ${CMAKE_CURRENT_LIST_DIR}/metrics_work.cc
   ${CMAKE_CURRENT_LIST_DIR}/process_metrics.cc
   ${CMAKE_CURRENT_LIST_DIR}/size_text.cc
   ${CMAKE_CURRENT_LIST_DIR}/status_json.cc)

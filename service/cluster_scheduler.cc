@@ -63,7 +63,7 @@ ClusterScheduler::~ClusterScheduler() { Stop(); }
 void ClusterScheduler::Submit(ClusterJob job) {
   {
     std::lock_guard lock(mu_);
-    ready_.push_back(std::move(job));
+    ready_.push_back({.job = std::move(job), .submitted = Clock::now()});
   }
   queue_.Post([this] { RunReady(); });  // finds nothing if an earlier batch took the job
 }
@@ -73,33 +73,47 @@ std::vector<ClusterJob> ClusterScheduler::TakeBatch() {
   std::vector<ClusterJob> batch;
   size_t bytes = 0;
   while (!ready_.empty()) {
-    const ClusterJob& next = ready_.front();
+    const ClusterJob& next = ready_.front().job;
     if (!batch.empty() &&
         (!CanShareBatch(batch.front(), next) || bytes + WorkspaceBytes(next) > kBatchBytes)) {
       break;
     }
     bytes += WorkspaceBytes(next);
-    batch.push_back(std::move(ready_.front()));
+    if (batch.empty()) oldest_running_ = ready_.front().submitted;
+    batch.push_back(std::move(ready_.front().job));
     ready_.pop_front();
   }
+  running_ = batch.size();
+  batches_ += batch.empty() ? 0 : 1;
   return batch;
 }
 
 void ClusterScheduler::RunReady() {
   const std::vector<ClusterJob> batch = TakeBatch();
-  if (!batch.empty()) RunBatch(batch);
+  if (batch.empty()) return;
+  RunBatch(batch);
+  std::lock_guard lock(mu_);
+  running_ = 0;
+}
+
+ClusterLoad ClusterScheduler::load() const {
+  std::lock_guard lock(mu_);
+  ClusterLoad load{.waiting_jobs = ready_.size(), .running_jobs = running_, .batches = batches_};
+  if (running_ == 0 && ready_.empty()) return load;
+  const Clock::time_point oldest = running_ > 0 ? oldest_running_ : ready_.front().submitted;
+  load.oldest_seconds = std::chrono::duration<double>(Clock::now() - oldest).count();
+  return load;
 }
 
 void ClusterScheduler::RunBatch(Jobs batch) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   auto memory = Allocate(batch);
   if (absl::IsResourceExhausted(memory.status()) && batch.size() > 1) {
     for (size_t i = 0; i < batch.size(); ++i) RunBatch(batch.subspan(i, 1));
     return;
   }
   auto results = memory.ok() ? Cluster(batch, *std::move(memory)) : memory.status();
-  const double seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   for (size_t i = 0; i < batch.size(); ++i) {
     if (!results.ok()) {
       batch[i].done(results.status());
@@ -174,6 +188,8 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
   const std::vector<gpu::ClusterProblem> problems = cluster.problems;
   std::vector<uint32_t> counts(problems.size());
   absl::Status status = device_.cluster_ops().Cluster(*stream_, std::move(cluster));
+  if (status.ok()) status = stream_->Synchronize();  // so that the rows' way back is timed alone
+  const auto clustered = Clock::now();
   if (status.ok()) status = device_.cluster_ops().Permute(*stream_, std::move(permute));
   if (status.ok()) {
     status = stream_->CopyAsync(counts.data(), device_counts, counts.size() * sizeof(uint32_t));
@@ -181,9 +197,12 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
   const absl::Status finished = stream_->Synchronize();  // always: the memory is in use until then
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
+  const double permute_seconds = std::chrono::duration<double>(Clock::now() - clustered).count() /
+                                 static_cast<double>(batch.size());
 
   size_t next = 0;
   for (size_t i = 0; i < batch.size(); ++i) {
+    results[i].permute_seconds = permute_seconds;
     for (size_t head = 0; head < batch[i].heads.size(); ++head, ++next) {
       results[i].heads.push_back({.count = counts[next],
                                   .sizes = problems[next].sizes,

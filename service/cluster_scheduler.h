@@ -9,6 +9,7 @@
 // fails alone, with RESOURCE_EXHAUSTED.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -36,7 +37,8 @@ struct HeadClusters {
 struct ClusterResult {
   std::unique_ptr<gpu::DeviceMemory> memory;
   std::vector<HeadClusters> heads;
-  double seconds = 0;  // this job's share of the batch's time
+  double seconds = 0;          // this job's share of the batch's time
+  double permute_seconds = 0;  // and of the part of it that wrote rows into the host store
 };
 
 // One layer of one segment.
@@ -61,6 +63,12 @@ struct ClusterJob {
   std::function<void(absl::StatusOr<ClusterResult>)> done;  // on the scheduler's thread
 };
 
+struct ClusterLoad {
+  size_t waiting_jobs = 0, running_jobs = 0;
+  double oldest_seconds = 0;  // since the oldest of them was submitted; 0: there is none
+  uint64_t batches = 0;       // begun
+};
+
 // Thread-safe.
 class ClusterScheduler {
  public:
@@ -73,7 +81,15 @@ class ClusterScheduler {
   // Finishes what is queued. Idempotent.
   void Stop() { queue_.Stop(); }
 
+  ClusterLoad load() const;
+  TaskQueueLoad thread_load() const { return queue_.load(); }
+
  private:
+  using Clock = std::chrono::steady_clock;
+  struct Ready {
+    ClusterJob job;
+    Clock::time_point submitted;
+  };
   ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream);
 
   // What a batch needs on the device while it runs, and what is left of it.
@@ -93,9 +109,12 @@ class ClusterScheduler {
 
   gpu::Device& device_;
   std::unique_ptr<gpu::Stream> stream_;
-  std::mutex mu_;
-  std::deque<ClusterJob> ready_;  // guarded by mu_
-  TaskQueue queue_;               // last: its thread uses the rest
+  mutable std::mutex mu_;
+  std::deque<Ready> ready_;             // guarded by mu_
+  size_t running_ = 0;                  // guarded by mu_; jobs
+  Clock::time_point oldest_running_{};  // guarded by mu_
+  uint64_t batches_ = 0;                // guarded by mu_
+  TaskQueue queue_;                     // last: its thread uses the rest
 };
 
 }  // namespace clusterkv::service

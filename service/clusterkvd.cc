@@ -26,6 +26,7 @@
 #include "service/logging.h"
 #include "service/rpc/grant_servers.h"
 #include "service/rpc/grpc_server.h"
+#include "service/rpc/rpc_counters.h"
 #include "service/service_manager.h"
 #include "service/version.h"
 
@@ -123,14 +124,15 @@ AttachOptions AttachOptionsOf(const Config& config) {
 
 absl::StatusOr<std::unique_ptr<DevicePlugin>> CreateDevicePlugin(const Config& config,
                                                                  ServiceCore& core,
-                                                                 AttachServer& attach) {
+                                                                 AttachServer& attach,
+                                                                 RpcCounters& calls) {
   if (!config.device_plugin) return nullptr;
   const auto devices = static_cast<uint32_t>(config.offered_bytes() / kDeviceBytes);
   return DevicePlugin::Create({.directory = config.device_plugin_dir,
                                .grants = {.directory = config.grants_dir,
                                           .devices = devices,
                                           .device_bytes = kDeviceBytes}},
-                              core, std::make_unique<GrantServers>(core, attach));
+                              core, std::make_unique<GrantServers>(core, attach, calls));
 }
 
 absl::Status Serve(const Config& config, const Signals& signals) {
@@ -151,20 +153,23 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .max_sequences_per_session = config.max_sequences_per_session,
                                       .max_arenas_per_session = config.max_arenas_per_session,
                                       .attach_timeout = config.attach_timeout,
-                                      .poll = config.poll_duration()},
+                                      .poll = config.poll_duration(),
+                                      .audit_share = config.audit_share},
                                      std::move(device), std::move(pool)));
-  CKV_ASSIGN_OR_RETURN(
-      auto grpc, GrpcServer::Create(
-                     {.listen = config.listen, .attach_path = config.attach_socket_path()}, *core));
+  RpcCounters calls;  // of all gRPC servers
+  CKV_ASSIGN_OR_RETURN(auto grpc, GrpcServer::Create({.listen = config.listen,
+                                                      .attach_path = config.attach_socket_path()},
+                                                     *core, calls));
   CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core));
-  CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach));
+  CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach, calls));
+  const auto status = [&] {
+    DaemonStatus taken = core->status();
+    taken.rpcs = calls.status();
+    taken.device_plugin_registered = plugin != nullptr && plugin->registered();
+    return taken;
+  };
   CKV_ASSIGN_OR_RETURN(auto admin,
-                       AdminServer::Create({.listen = config.admin_listen, .status = [&] {
-                                              DaemonStatus status = core->status();
-                                              status.device_plugin_registered =
-                                                  plugin != nullptr && plugin->registered();
-                                              return status;
-                                            }}));
+                       AdminServer::Create({.listen = config.admin_listen, .status = status}));
   const auto tick = [&] {
     core->Tick();
     if (plugin != nullptr) plugin->Tick();

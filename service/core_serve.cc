@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <set>
 #include <utility>
 
@@ -16,6 +17,15 @@ namespace clusterkv::service {
 namespace {
 
 constexpr size_t kMaxItems = 256;
+
+// Of one call in so many the device's phases are timed: it waits for the device between them.
+constexpr uint64_t kTimedCalls = 64;
+
+using Clock = std::chrono::steady_clock;
+
+double SecondsSince(Clock::time_point begun) {
+  return std::chrono::duration<double>(Clock::now() - begun).count();
+}
 
 }  // namespace
 
@@ -37,6 +47,10 @@ struct ServiceCore::ServeWork {
   std::vector<Item> items;
   std::vector<ServePlace> places;  // of the items
   Completion<std::vector<FetchResult>> done;
+
+  Clock::time_point admitted, begun, served;
+  bool timed = false;
+  double prepare_seconds = 0, gather_seconds = 0, attend_seconds = 0;  // if timed
 };
 
 void ServiceCore::FetchClusters(SessionKey key, FetchRequest request,
@@ -80,6 +94,7 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request,
       for (size_t i = 0; i < admissions.size(); ++i) {
         work->items[i].sequence->pieces.Discard(admissions[i]);
       }
+      CountRefused(Limit::kHostMemory);
       return done(admission.status());
     }
     admissions.push_back(*std::move(admission));
@@ -100,8 +115,12 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request,
     sequence.step.next_layer = layer + 1;
   }
   work->done = std::move(done);
+  work->admitted = Clock::now();
+  work->timed = served_calls_++ % kTimedCalls == 0;
   serve_.Post([this, work] {
+    work->begun = Clock::now();
     absl::Status status = RunServe(*work);
+    work->served = Clock::now();
     core_.Post([this, work, status] { FinishServe(work, status); });
   });
 }
@@ -230,33 +249,51 @@ absl::Status ServiceCore::StageServed(const ServeWork& work, const ServeTensors&
   return absl::OkStatus();
 }
 
-absl::Status ServiceCore::RunServe(ServeWork& work) {
+absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::Batch beginning) {
   const gpu::Shape& shape = work.items.front().sequence->request.shape;
   const uint32_t layer = work.request.layer;
-  std::vector<gpu::BatchSlot> batch, beginning;
-  for (const ServeWork::Item& item : work.items) {
-    batch.push_back(item.sequence->slot());
-    if (layer == 0 && !item.repeated) beginning.push_back(batch.back());
-  }
   gpu::DecodeOps& ops = device_->decode_ops();
   gpu::Stream& stream = *serve_stream_;
   ServeTensors& tensors = *serve_tensors_;
-  const auto enqueue = [&]() -> absl::Status {
-    CKV_RETURN_IF_ERROR(tensors.Prepare(stream, shape, work.places));
-    CKV_RETURN_IF_ERROR(StageServed(work, tensors));
-    if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
-    CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
-    CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(),
-                                        work.budget_tokens, tensors.target()));
-    if (work.request.want_output) {
-      CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
-    }
-    CKV_RETURN_IF_ERROR(ops.ReportLayer(stream, batch, layer,
-                                        {tensors.reports().data(), tensors.reports().size()}));
-    return ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()});
+  Clock::time_point phase = Clock::now();
+  const auto end_phase = [&](double& seconds) -> absl::Status {
+    if (!work.timed) return absl::OkStatus();
+    CKV_RETURN_IF_ERROR(stream.Synchronize());
+    seconds = SecondsSince(std::exchange(phase, Clock::now()));
+    return absl::OkStatus();
   };
-  const absl::Status status = enqueue();
-  const absl::Status finished = stream.Synchronize();
+  CKV_RETURN_IF_ERROR(tensors.Prepare(stream, shape, work.places));
+  CKV_RETURN_IF_ERROR(StageServed(work, tensors));
+  if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
+  CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
+  if (work.timed) {
+    CKV_RETURN_IF_ERROR(ops.Select(stream, batch, layer, tensors.queries(), work.budget_tokens));
+    CKV_RETURN_IF_ERROR(end_phase(work.prepare_seconds));
+    CKV_RETURN_IF_ERROR(ops.Fetch(stream, batch, layer));
+    CKV_RETURN_IF_ERROR(end_phase(work.gather_seconds));
+    CKV_RETURN_IF_ERROR(ops.Attend(stream, batch, layer, tensors.queries(), tensors.target()));
+  } else {
+    CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(), work.budget_tokens,
+                                        tensors.target()));
+  }
+  if (work.request.want_output) {
+    CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
+  }
+  CKV_RETURN_IF_ERROR(
+      ops.ReportLayer(stream, batch, layer, {tensors.reports().data(), tensors.reports().size()}));
+  CKV_RETURN_IF_ERROR(
+      ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()}));
+  return end_phase(work.attend_seconds);
+}
+
+absl::Status ServiceCore::RunServe(ServeWork& work) {
+  std::vector<gpu::BatchSlot> batch, beginning;
+  for (const ServeWork::Item& item : work.items) {
+    batch.push_back(item.sequence->slot());
+    if (work.request.layer == 0 && !item.repeated) beginning.push_back(batch.back());
+  }
+  const absl::Status status = EnqueueServe(work, batch, beginning);
+  const absl::Status finished = serve_stream_->Synchronize();
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
   for (size_t i = 0; i < work.items.size(); ++i) {
@@ -297,10 +334,32 @@ absl::Status ServiceCore::TakeServed(ServeWork& work, size_t index, const gpu::B
   return absl::OkStatus();
 }
 
+void ServiceCore::CountServed(const ServeWork& work, uint64_t gathered_bytes) {
+  const auto between = [](Clock::time_point from, Clock::time_point to) {
+    return std::chrono::duration<double>(to - from).count();
+  };
+  FetchStatus& fetch = counters_.fetch;
+  const auto phase = [&](FetchPhase which) -> Mean& {
+    return fetch.phases[static_cast<size_t>(which)];
+  };
+  const auto now = Clock::now();
+  fetch.sequences += work.items.size();
+  fetch.call.Observe(between(work.admitted, now));
+  phase(FetchPhase::kQueue).Observe(between(work.admitted, work.begun));
+  phase(FetchPhase::kFinish).Observe(between(work.served, now));
+  if (!work.timed) return;
+  phase(FetchPhase::kPrepare).Observe(work.prepare_seconds);
+  phase(FetchPhase::kGather).Observe(work.gather_seconds);
+  phase(FetchPhase::kAttend).Observe(work.attend_seconds);
+  counters_.h2d.bytes += gathered_bytes;
+  counters_.h2d.seconds += work.gather_seconds;
+}
+
 void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Status status) {
   std::vector<FetchResult> results;
   std::vector<Sequence*> sequences;
   std::vector<std::string> failures;
+  uint64_t gathered_bytes = 0;
   for (ServeWork::Item& item : work->items) {
     Sequence& sequence = *item.sequence;
     --sequence.in_flight;
@@ -314,7 +373,12 @@ void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Stat
     std::vector<gpu::LayerCounters> counters = sequence.counters;
     counters[work->request.layer] = item.after;
     FoldCounters(sequence, counters);
+    gathered_bytes += item.result.gathered_bytes;
     results.push_back(std::move(item.result));
+    if (!item.repeated) {
+      const gpu::Shape& shape = sequence.request.shape;
+      counters_.ingest.bytes += uint64_t{shape.kv_heads} * shape.row_bytes();
+    }
     if (sequence.releasing || !sequence.failure.ok() || item.repeated) continue;
     const uint32_t before = sequence.arrived();
     LayerProgress& layer = sequence.layers[work->request.layer];
@@ -322,6 +386,7 @@ void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Stat
     counters_.ingested_tokens += sequence.arrived() - before;
     SubmitReady(sequence);
   }
+  if (status.ok()) CountServed(*work, gathered_bytes);
   PublishStatus();
   if (status.ok() && !failures.empty()) {
     status = absl::InternalError(

@@ -120,6 +120,16 @@ struct FetchResult {
   uint64_t gathered_bytes = 0;
 };
 
+// A layer of a direct step, as a worker saw it: see service/recall_audit.h.
+struct AuditRequest {
+  SequenceId sequence = 0;
+  uint32_t layer = 0;
+  uint32_t cut = 0;
+  std::string queries;          // dtype [q_heads][head_dim]
+  std::vector<float> lse;       // [q_heads]
+  std::vector<int32_t> chosen;  // [kv_heads][any], -1 beyond the last
+};
+
 struct SequenceStatus {
   SequenceId sequence = 0;
   SessionId session = 0;

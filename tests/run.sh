@@ -194,7 +194,7 @@ says_what_is_missing() {
 
 part_python() {
   check "python: the programs under test" test -x build/release/bin/clusterkvd || return
-  run_pytest "python" build/release/bin tests/reference tests/integration tests/tally_test.py \
+  run_pytest "python" build/release/bin tests/reference tests/integration tests/observability tests/tally_test.py \
     tests/benchmarks/cache_policies_test.py
 }
 

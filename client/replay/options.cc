@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
@@ -29,6 +30,7 @@ struct RawOptions {
   std::vector<std::string> settings;
   std::string cache_tokens, mode = "direct", sequences = "1", workers = "1", steps, seed = "0";
   std::string repeat = "1";
+  std::string audit_rate = "0";
   std::string format = "table", publish = "sync", worker_index, worker_address, result_fd;
 };
 
@@ -119,6 +121,10 @@ absl::Status ParseRest(const RawOptions& raw, ReplayOptions& options) {
   CKV_ASSIGN_OR_RETURN(options.workers,
                        ParseNumber<uint32_t>("--workers", raw.workers, 1, kMaxProcesses));
   CKV_ASSIGN_OR_RETURN(options.seed, ParseNumber<uint64_t>("--seed", raw.seed, 0, UINT64_MAX));
+  if (!absl::SimpleAtod(raw.audit_rate, &options.audit_rate) ||
+      !(options.audit_rate >= 0 && options.audit_rate <= 1)) {
+    return Disallowed("--audit-rate", raw.audit_rate, "0 to 1");
+  }
   if (!raw.steps.empty()) {
     CKV_ASSIGN_OR_RETURN(options.steps, ParseNumber<uint32_t>("--steps", raw.steps, 1, UINT32_MAX));
   }
@@ -166,6 +172,10 @@ void Declare(CLI::App& app, ReplayOptions& options, RawOptions& raw) {
       ->capture_default_str();
   app.add_option("--workers", raw.workers, "processes at the same time")->capture_default_str();
   app.add_option("--steps", raw.steps, "decode only the first N steps");
+  app.add_option("--audit-rate", raw.audit_rate,
+                 "share of direct steps that the daemon compares with exact attention, for its "
+                 "metrics; 0 to 1")
+      ->capture_default_str();
   app.add_option("--seed", raw.seed, "of k-means; sequence i has seed + i")->capture_default_str();
   app.add_option("--repeat", raw.repeat, "replay so often, as a load; 0: until it is stopped")
       ->capture_default_str();

@@ -21,6 +21,7 @@ absl::StatusOr<std::unique_ptr<Client>> ConnectTo(const ReplayOptions& options, 
   ClientOptions client_options;
   client_options.address = options.connect;
   client_options.name = absl::StrCat("clusterkv-replay/", worker);
+  client_options.audit_rate = options.audit_rate;
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Client::Connect(client_options));
   if (options.backend != "auto" && client->backend() != options.backend) {
     return absl::InvalidArgumentError(absl::StrCat("--backend is \"", options.backend,

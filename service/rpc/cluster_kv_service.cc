@@ -12,15 +12,17 @@ namespace clusterkv::service {
 namespace {
 
 // A unary call that the core completes. Deletes itself when gRPC is done with it.
-class CoreCall : public grpc::ServerUnaryReactor {
+class CoreCall : public CountedReactor<grpc::ServerUnaryReactor> {
  public:
+  using CountedReactor::CountedReactor;
+
   // `fill` writes the reply of a success; the reply lives until Finish.
   template <typename T, typename Fill>
   Completion<T> Complete(Fill fill) {
     return [this, fill](absl::StatusOr<T> result) {
       const grpc::Status status = ToGrpcStatus(result.status());
       if (result.ok()) fill(*std::move(result));
-      Finish(status);
+      Answer(status);
     };
   }
   void OnDone() override { delete this; }
@@ -28,9 +30,10 @@ class CoreCall : public grpc::ServerUnaryReactor {
 
 // WaitPublished can outlast its caller: cancelling takes the waiter back. gRPC calls OnCancel and
 // OnDone only after the handler has returned the reactor, so after Start.
-class WaitCall : public grpc::ServerUnaryReactor {
+class WaitCall : public CountedReactor<grpc::ServerUnaryReactor> {
  public:
-  explicit WaitCall(ServiceCore& core) : core_(core) {}
+  WaitCall(RpcCounters& counters, ServiceCore& core)
+      : CountedReactor(counters, "WaitPublished"), core_(core) {}
 
   void Start(SessionKey key, const v1::WaitPublishedRequest& request,
              v1::WaitPublishedReply& reply) {
@@ -40,7 +43,7 @@ class WaitCall : public grpc::ServerUnaryReactor {
                                       reply.set_published_segments(info->segments);
                                       reply.set_cut(info->cut);
                                     }
-                                    Finish(ToGrpcStatus(info.status()));
+                                    Answer(ToGrpcStatus(info.status()));
                                   });
   }
   void OnCancel() override { core_.CancelWait(waiter_); }
@@ -55,7 +58,7 @@ class WaitCall : public grpc::ServerUnaryReactor {
 
 grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>* ClusterKvService::Session(
     grpc::CallbackServerContext* context) {
-  return new SessionReactor(core_, *context, attach_path_, grant_);
+  return new SessionReactor(counters_, core_, *context, attach_path_, grant_);
 }
 
 SessionKey ClusterKvService::KeyOf(const v1::SessionRef& session) const {
@@ -67,7 +70,7 @@ SessionKey ClusterKvService::KeyOf(const v1::SessionRef& session) const {
 grpc::ServerUnaryReactor* ClusterKvService::AllocateArena(grpc::CallbackServerContext*,
                                                           const v1::AllocateArenaRequest* request,
                                                           v1::AllocateArenaReply* reply) {
-  auto* call = new CoreCall;
+  auto* call = new CoreCall(counters_, "AllocateArena");
   reply->set_boot_epoch(core_.boot_epoch());
   core_.AllocateArena(KeyOf(request->session()), request->bytes(),
                       call->Complete<ArenaInfo>([reply](const ArenaInfo& info) {
@@ -80,11 +83,11 @@ grpc::ServerUnaryReactor* ClusterKvService::AllocateArena(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* ClusterKvService::RegisterSequence(
     grpc::CallbackServerContext*, const v1::RegisterSequenceRequest* request,
     v1::RegisterSequenceReply* reply) {
-  auto* call = new CoreCall;
+  auto* call = new CoreCall(counters_, "RegisterSequence");
   reply->set_boot_epoch(core_.boot_epoch());
   auto converted = FromProto(*request);
   if (!converted.ok()) {
-    call->Finish(ToGrpcStatus(converted.status()));
+    call->Answer(ToGrpcStatus(converted.status()));
     return call;
   }
   core_.RegisterSequence(KeyOf(request->session()), *converted,
@@ -100,7 +103,7 @@ grpc::ServerUnaryReactor* ClusterKvService::RegisterSequence(
 grpc::ServerUnaryReactor* ClusterKvService::IngestTokens(grpc::CallbackServerContext*,
                                                          const v1::IngestTokensRequest* request,
                                                          v1::IngestTokensReply* reply) {
-  auto* call = new CoreCall;
+  auto* call = new CoreCall(counters_, "IngestTokens");
   reply->set_boot_epoch(core_.boot_epoch());
   core_.IngestTokens(
       KeyOf(request->session()), FromProto(*request),
@@ -111,7 +114,7 @@ grpc::ServerUnaryReactor* ClusterKvService::IngestTokens(grpc::CallbackServerCon
 grpc::ServerUnaryReactor* ClusterKvService::WaitPublished(grpc::CallbackServerContext*,
                                                           const v1::WaitPublishedRequest* request,
                                                           v1::WaitPublishedReply* reply) {
-  auto* call = new WaitCall(core_);
+  auto* call = new WaitCall(counters_, core_);
   reply->set_boot_epoch(core_.boot_epoch());
   call->Start(KeyOf(request->session()), *request, *reply);
   return call;
@@ -120,11 +123,11 @@ grpc::ServerUnaryReactor* ClusterKvService::WaitPublished(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* ClusterKvService::FetchClusters(grpc::CallbackServerContext*,
                                                           const v1::FetchClustersRequest* request,
                                                           v1::FetchClustersReply* reply) {
-  auto* call = new CoreCall;
+  auto* call = new CoreCall(counters_, "FetchClusters");
   reply->set_boot_epoch(core_.boot_epoch());
   auto converted = FromProto(*request);
   if (!converted.ok()) {
-    call->Finish(ToGrpcStatus(converted.status()));
+    call->Answer(ToGrpcStatus(converted.status()));
     return call;
   }
   core_.FetchClusters(
@@ -137,10 +140,21 @@ grpc::ServerUnaryReactor* ClusterKvService::FetchClusters(grpc::CallbackServerCo
   return call;
 }
 
+grpc::ServerUnaryReactor* ClusterKvService::AuditStep(grpc::CallbackServerContext*,
+                                                      const v1::AuditStepRequest* request,
+                                                      v1::AuditStepReply* reply) {
+  auto* call = new CoreCall(counters_, "AuditStep");
+  reply->set_boot_epoch(core_.boot_epoch());
+  core_.AuditDecodeStep(
+      KeyOf(request->session()), FromProto(*request),
+      call->Complete<bool>([reply](bool audited) { reply->set_audited(audited); }));
+  return call;
+}
+
 grpc::ServerUnaryReactor* ClusterKvService::ReleaseSequence(
     grpc::CallbackServerContext*, const v1::ReleaseSequenceRequest* request,
     v1::ReleaseSequenceReply* reply) {
-  auto* call = new CoreCall;
+  auto* call = new CoreCall(counters_, "ReleaseSequence");
   reply->set_boot_epoch(core_.boot_epoch());
   core_.ReleaseSequence(KeyOf(request->session()), request->sequence_id(),
                         call->Complete<bool>([](bool) {}));
@@ -150,7 +164,7 @@ grpc::ServerUnaryReactor* ClusterKvService::ReleaseSequence(
 grpc::ServerUnaryReactor* ClusterKvService::ListSequences(grpc::CallbackServerContext*,
                                                           const v1::ListSequencesRequest* request,
                                                           v1::ListSequencesReply* reply) {
-  auto* call = new CoreCall;
+  auto* call = new CoreCall(counters_, "ListSequences");
   reply->set_boot_epoch(core_.boot_epoch());
   std::optional<SessionKey> key;
   if (request->has_session()) key = KeyOf(request->session());
@@ -166,9 +180,9 @@ grpc::ServerUnaryReactor* ClusterKvService::ListSequences(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* ClusterKvService::GetStatus(grpc::CallbackServerContext*,
                                                       const v1::GetStatusRequest*,
                                                       v1::GetStatusReply* reply) {
-  auto* call = new CoreCall;
+  auto* call = new CoreCall(counters_, "GetStatus");
   ToProto(StatusOfGrant(core_.status(), grant_), *reply);
-  call->Finish(grpc::Status::OK);
+  call->Answer(grpc::Status::OK);
   return call;
 }
 

@@ -156,6 +156,22 @@ IngestRequest FromProto(const v1::IngestTokensRequest& request) {
           .idempotency_key = request.idempotency_key()};
 }
 
+AuditRequest FromProto(const v1::AuditStepRequest& request) {
+  AuditRequest converted{
+      .sequence = request.sequence_id(),
+      .layer = request.layer(),
+      .cut = request.cut(),
+      .queries = request.queries(),
+      .lse = {},
+      .chosen = {request.selected_positions().begin(), request.selected_positions().end()}};
+  // Of another size it is of no shape: none at all is refused as well.
+  if (request.lse().size() % sizeof(float) == 0) {
+    converted.lse.resize(request.lse().size() / sizeof(float));
+    std::memcpy(converted.lse.data(), request.lse().data(), request.lse().size());
+  }
+  return converted;
+}
+
 absl::StatusOr<FetchRequest> FromProto(const v1::FetchClustersRequest& request) {
   FetchRequest converted{.layer = request.layer(),
                          .budget_tokens = request.budget_tokens(),

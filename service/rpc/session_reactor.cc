@@ -72,9 +72,11 @@ class SessionReactor::Sink : public SessionSink {
   SessionReactor* reactor_;  // guarded by mu_; null once the stream is done
 };
 
-SessionReactor::SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context,
-                               std::string attach_path, GrantId grant)
-    : core_(core),
+SessionReactor::SessionReactor(RpcCounters& counters, ServiceCore& core,
+                               grpc::CallbackServerContext& context, std::string attach_path,
+                               GrantId grant)
+    : CountedReactor(counters, "Session"),
+      core_(core),
       context_(context),
       attach_path_(std::move(attach_path)),
       grant_(grant),
@@ -106,7 +108,7 @@ void SessionReactor::OnReadDone(bool ok) {
       std::lock_guard lock(mu_);
       session = session_;
     }
-    if (session != 0) return core_.EndSession(session, why);
+    if (session != 0) return core_.EndSession(session, why, SessionEnd::kProtocolError);
     return FinishOnce(why);
   }
   greeted_ = true;
@@ -157,7 +159,8 @@ void SessionReactor::Send(v1::SessionEvent event) {
   }
   if (stuck != 0) {
     core_.EndSession(
-        stuck, absl::AbortedError(fmt::format("the worker has not read {} events", kMaxOutgoing)));
+        stuck, absl::AbortedError(fmt::format("the worker has not read {} events", kMaxOutgoing)),
+        SessionEnd::kProtocolError);
   }
 }
 
@@ -174,7 +177,7 @@ void SessionReactor::OnWriteDone(bool ok) {
     outgoing_.clear();
     why = why_;
   }
-  Finish(ToGrpcStatus(why));
+  Answer(ToGrpcStatus(why));
 }
 
 void SessionReactor::OnCancel() {
@@ -202,7 +205,7 @@ void SessionReactor::FinishOnce(const absl::Status& why) {
       return;
     }
   }
-  Finish(ToGrpcStatus(why));
+  Answer(ToGrpcStatus(why));
 }
 
 void SessionReactor::OnDone() {

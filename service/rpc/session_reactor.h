@@ -10,13 +10,15 @@
 
 #include "clusterkv/v1/session.pb.h"
 #include "service/core.h"
+#include "service/rpc/rpc_counters.h"
 
 namespace clusterkv::service {
 
-class SessionReactor : public grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent> {
+class SessionReactor
+    : public CountedReactor<grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>> {
  public:
-  SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context, std::string attach_path,
-                 GrantId grant);
+  SessionReactor(RpcCounters& counters, ServiceCore& core, grpc::CallbackServerContext& context,
+                 std::string attach_path, GrantId grant);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;

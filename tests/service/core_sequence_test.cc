@@ -326,7 +326,7 @@ TEST_F(CoreSequenceTest, DirectPublishWaitsUntilTheWorkerHasMappedTheChunk) {
   core_->WaitPublished(worker->key, sequence, 0, waiting.done());
   EXPECT_TRUE(AwaitStatus([this](const DaemonStatus& s) {
     core_->Tick();  // k-means alone is not news
-    return s.cluster_problems == 4;
+    return s.clustering.problems == 4;
   }));
   // What is clustered and published after it passes it by.
   const SequenceId other = MustRegister(worker, FetchMode::kServed);

@@ -134,6 +134,9 @@ TEST(ReplayOptions, NameTheBadOptionAndWhatIsAllowed) {
       {{"t", "--sequences", "0"}, {"--sequences", "1 to"}},
       {{"t", "--workers", "9999"}, {"--workers", "1 to"}},
       {{"t", "--steps", "0"}, {"--steps", "1 to"}},
+      {{"t", "--audit-rate", "1.5"}, {"--audit-rate", "0 to 1"}},
+      {{"t", "--audit-rate", "nan"}, {"--audit-rate", "0 to 1"}},
+      {{"t", "--audit-rate", "often"}, {"--audit-rate", "0 to 1"}},
       {{"t", "--seed", "-1"}, {"--seed", "0 to"}},
       {{"t", "--methods", "quest", "--dump-outputs", "d"}, {"--dump-outputs", "--methods"}},
   };
