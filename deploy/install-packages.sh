@@ -18,7 +18,11 @@ packages=(
   # The presets configure the tests too.
   libgtest-dev libgmock-dev
 )
-test_packages=(git clang-format clang-tidy python3 python3-venv)
+test_packages=(
+  git clang-format clang-tidy python3 python3-venv
+  # The admin port's page and the replay's report are looked at in a browser.
+  chromium chromium-driver fonts-dejavu-core
+)
 
 case ${1-} in
   "") ;;

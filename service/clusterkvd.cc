@@ -6,11 +6,14 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 #include <set>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "gpu/device.h"
 #include "gpu/status_macros.h"
@@ -30,6 +33,7 @@ constexpr int kExitUsage = 2;
 constexpr int kExitUnavailable = 3;
 constexpr int kExitExhausted = 4;
 
+constexpr auto kSequencesTimeout = std::chrono::milliseconds(250);
 constexpr absl::Duration kTickInterval = absl::Seconds(1);
 
 int ExitCode(const absl::Status& status) {
@@ -76,7 +80,8 @@ class Signals {
 
 // Until no session is left, the timeout, or a second signal. What is left goes on as before, and
 // its housekeeping with it.
-void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals) {
+void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals,
+           const std::function<void()>& tick) {
   auto idle = std::make_shared<std::promise<void>>();
   auto done = idle->get_future();
   core.Drain(timeout, [idle] { idle->set_value(); });
@@ -85,10 +90,20 @@ void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals) {
   while (absl::Now() < deadline && !signals.Wait(absl::Milliseconds(50))) {
     if (done.wait_for(std::chrono::seconds(0)) == std::future_status::ready) return;
     if (absl::Now() < next_tick) continue;
-    core.Tick();
+    tick();
     next_tick = absl::Now() + kTickInterval;
   }
   LogWarning("ending the sessions that are left");
+}
+
+// All of them, for the admin port. The core answers within microseconds unless it is overloaded.
+absl::StatusOr<std::vector<SequenceStatus>> Sequences(ServiceCore& core) {
+  using List = absl::StatusOr<std::vector<SequenceStatus>>;
+  auto promise = std::make_shared<std::promise<List>>();
+  auto list = promise->get_future();
+  core.ListSequences(std::nullopt, [promise](List found) { promise->set_value(std::move(found)); });
+  if (list.wait_for(kSequencesTimeout) == std::future_status::ready) return list.get();
+  return absl::UnavailableError("the daemon's queue of requests is long; try again");
 }
 
 absl::Status Serve(const Config& config, const Signals& signals) {
@@ -121,20 +136,25 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                            *core));
   CKV_ASSIGN_OR_RETURN(auto admin,
                        AdminServer::Create({.listen = config.admin_listen,
-                                            .status = [&core] { return core->status(); }}));
+                                            .status = [&core] { return core->status(); },
+                                            .sequences = [&core] { return Sequences(*core); }}));
   grpc->SetServing(true);
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());
   std::fflush(stdout);
 
-  while (!signals.Wait(kTickInterval)) {
+  const auto tick = [&] {
     core->Tick();
+    admin->Sample();
+  };
+  while (!signals.Wait(kTickInterval)) {
+    tick();
     grpc->SetServing(core->status().ready);
   }
 
   // The order of shutdown.
   LogInfo("draining", {{"timeout", absl::FormatDuration(config.drain_timeout)}});
   grpc->SetServing(false);
-  Drain(*core, config.drain_timeout, signals);
+  Drain(*core, config.drain_timeout, signals, tick);
   core->EndAllSessions();
   grpc->Shutdown(absl::Seconds(2));
   core->Stop();

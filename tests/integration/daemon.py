@@ -142,7 +142,9 @@ class Daemon:
     def steady(self):
         """All of /status and /metrics that only requests change: no clocks, no process figures."""
         status = self.status()
-        status.pop("uptime_seconds")
+        for name in ("uptime_seconds", "device_age_seconds", "recent_errors"):
+            status.pop(name)
+        status["counters"].pop("cluster_seconds")
         for session in status["session_list"]:
             session.pop("age_seconds")
         metrics = {series: value for series, value in self.metrics().items()
