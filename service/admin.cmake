@@ -8,11 +8,13 @@ add_library(clusterkv_admin STATIC
   ${CMAKE_CURRENT_LIST_DIR}/admin_server.cc
   ${CMAKE_CURRENT_LIST_DIR}/config.cc
   ${CMAKE_CURRENT_LIST_DIR}/config_keys.cc
+  ${CMAKE_CURRENT_LIST_DIR}/log_limiter.cc
   ${CMAKE_CURRENT_LIST_DIR}/logging.cc
   ${CMAKE_CURRENT_LIST_DIR}/metrics.cc
   ${CMAKE_CURRENT_LIST_DIR}/process_metrics.cc
   ${CMAKE_CURRENT_LIST_DIR}/recent_errors.cc
   ${CMAKE_CURRENT_LIST_DIR}/size_text.cc
+  ${CMAKE_CURRENT_LIST_DIR}/slow_log.cc
   ${CMAKE_CURRENT_LIST_DIR}/status_history.cc
   ${CMAKE_CURRENT_LIST_DIR}/status_json.cc)
 target_include_directories(clusterkv_admin PUBLIC ${PROJECT_SOURCE_DIR})

@@ -50,13 +50,19 @@ size_t ResultBytesOfHead(const ClusterJob& job) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ClusterScheduler>> ClusterScheduler::Create(gpu::Device& device) {
+absl::StatusOr<std::unique_ptr<ClusterScheduler>> ClusterScheduler::Create(gpu::Device& device,
+                                                                           SlowLog& slow_log) {
   CKV_ASSIGN_OR_RETURN(auto stream, device.CreateStream("cluster"));
-  return std::unique_ptr<ClusterScheduler>(new ClusterScheduler(device, std::move(stream)));
+  return std::unique_ptr<ClusterScheduler>(
+      new ClusterScheduler(device, std::move(stream), slow_log));
 }
 
-ClusterScheduler::ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream)
-    : device_(device), stream_(std::move(stream)), queue_("ckv-cluster", SIZE_MAX) {}
+ClusterScheduler::ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream,
+                                   SlowLog& slow_log)
+    : device_(device),
+      stream_(std::move(stream)),
+      slow_log_(slow_log),
+      queue_("ckv-cluster", SIZE_MAX) {}
 
 ClusterScheduler::~ClusterScheduler() { Stop(); }
 
@@ -92,12 +98,15 @@ void ClusterScheduler::RunReady() {
 
 void ClusterScheduler::RunBatch(Jobs batch) {
   const auto start = std::chrono::steady_clock::now();
+  OperationTrace trace = batch.front().trace;  // waited longest
+  trace.End("queue_ms");
   auto memory = Allocate(batch);
+  trace.End("allocate_ms");
   if (absl::IsResourceExhausted(memory.status()) && batch.size() > 1) {
     for (size_t i = 0; i < batch.size(); ++i) RunBatch(batch.subspan(i, 1));
     return;
   }
-  auto results = memory.ok() ? Cluster(batch, *std::move(memory)) : memory.status();
+  auto results = memory.ok() ? Cluster(batch, *std::move(memory), trace) : memory.status();
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   for (size_t i = 0; i < batch.size(); ++i) {
@@ -108,6 +117,13 @@ void ClusterScheduler::RunBatch(Jobs batch) {
     (*results)[i].seconds = seconds / static_cast<double>(batch.size());
     batch[i].done(std::move((*results)[i]));
   }
+  size_t tokens = 0, problems = 0;
+  for (const ClusterJob& job : batch) {
+    tokens += job.tokens;
+    problems += job.heads.size();
+  }
+  slow_log_.Report(SlowLog::kClustering, trace,
+                   {{"jobs", batch.size()}, {"problems", problems}, {"tokens", tokens}});
 }
 
 absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs batch) {
@@ -128,8 +144,8 @@ absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs ba
   return memory;
 }
 
-absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
-                                                                     BatchMemory memory) {
+absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch, BatchMemory memory,
+                                                                     OperationTrace& trace) {
   gpu::ClusterArgs cluster{.head_dim = batch[0].head_dim,
                            .dtype = batch[0].dtype,
                            .iterations = batch[0].iterations,
@@ -178,7 +194,9 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
   if (status.ok()) {
     status = stream_->CopyAsync(counts.data(), device_counts, counts.size() * sizeof(uint32_t));
   }
+  trace.End("enqueue_ms");
   const absl::Status finished = stream_->Synchronize();  // always: the memory is in use until then
+  trace.End("device_ms");
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
 

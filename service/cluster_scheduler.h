@@ -21,6 +21,7 @@
 #include "absl/types/span.h"
 #include "gpu/cluster_ops.h"
 #include "gpu/device.h"
+#include "service/slow_log.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
@@ -58,13 +59,16 @@ struct ClusterJob {
   bool center_keys = false;
 
   std::vector<Head> heads;
+  OperationTrace trace{};                                   // since it was ready
   std::function<void(absl::StatusOr<ClusterResult>)> done;  // on the scheduler's thread
 };
 
 // Thread-safe.
 class ClusterScheduler {
  public:
-  static absl::StatusOr<std::unique_ptr<ClusterScheduler>> Create(gpu::Device& device);
+  // `slow_log` hears of every batch, and outlives the scheduler.
+  static absl::StatusOr<std::unique_ptr<ClusterScheduler>> Create(gpu::Device& device,
+                                                                  SlowLog& slow_log);
   ~ClusterScheduler();
 
   void Submit(ClusterJob job);
@@ -74,7 +78,7 @@ class ClusterScheduler {
   void Stop() { queue_.Stop(); }
 
  private:
-  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream);
+  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream, SlowLog& slow_log);
 
   // What a batch needs on the device while it runs, and what is left of it.
   struct BatchMemory {
@@ -89,10 +93,12 @@ class ClusterScheduler {
   void RunReady();
   void RunBatch(Jobs batch);
   absl::StatusOr<BatchMemory> Allocate(Jobs batch);
-  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory);
+  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory,
+                                                     OperationTrace& trace);
 
   gpu::Device& device_;
   std::unique_ptr<gpu::Stream> stream_;
+  SlowLog& slow_log_;
   std::mutex mu_;
   std::deque<ClusterJob> ready_;  // guarded by mu_
   TaskQueue queue_;               // last: its thread uses the rest

@@ -122,7 +122,8 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .max_sessions = config.max_sessions,
                                       .max_sequences_per_session = config.max_sequences_per_session,
                                       .max_arenas_per_session = config.max_arenas_per_session,
-                                      .attach_timeout = config.attach_timeout},
+                                      .attach_timeout = config.attach_timeout,
+                                      .slow_operation = config.slow_operation},
                                      std::move(device), std::move(pool)));
   CKV_ASSIGN_OR_RETURN(auto grpc,
                        GrpcServer::Create(config.listen, config.attach_socket_path(), *core));

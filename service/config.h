@@ -37,6 +37,7 @@ struct Config {
   absl::Duration attach_timeout = absl::Seconds(10);
   LogLevel log_level = LogLevel::kInfo;
   LogFormat log_format = LogFormat::kText;
+  absl::Duration slow_operation = absl::Seconds(1);  // 0: none is slow
 
   std::string early_output;  // of --help and --version: print it and exit
 

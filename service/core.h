@@ -32,6 +32,7 @@
 #include "service/host_pool.h"
 #include "service/serve_tensors.h"
 #include "service/session_state.h"
+#include "service/slow_log.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
@@ -44,6 +45,7 @@ struct CoreOptions {
   size_t max_sequences_per_session = 1024;
   size_t max_arenas_per_session = 64;
   absl::Duration attach_timeout = absl::Seconds(10);
+  absl::Duration slow_operation = absl::ZeroDuration();  // 0: none is logged
   std::function<absl::Time()> now = [] { return absl::Now(); };
 };
 
@@ -143,12 +145,13 @@ class ServiceCore {
   void FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled);
 
   // core_ingest.cc
-  void DoIngest(Session& session, const IngestRequest& request, const Completion<uint32_t>& done);
+  void DoIngest(Session& session, const IngestRequest& request, const OperationTrace& trace,
+                const Completion<uint32_t>& done);
   absl::Status CheckIngest(const Sequence& sequence, const IngestRequest& request) const;
   struct StageWork;
-  absl::Status RunStage(const StageWork& work);
-  void FinishStage(SessionId session, SequenceId sequence, const IngestRequest& request,
-                   uint64_t bytes, const absl::Status& status);
+  absl::Status RunStage(StageWork& work);
+  void FinishStage(SessionId session, const std::shared_ptr<StageWork>& work,
+                   const absl::Status& status);
   void SubmitReady(Sequence& sequence);
   void SubmitLayer(Sequence& sequence, uint32_t layer, const gpu::Segment& segment);
   void FinishCluster(SessionId session, SequenceId sequence, uint32_t ordinal, uint32_t layer,
@@ -161,7 +164,8 @@ class ServiceCore {
 
   // core_serve.cc
   struct ServeWork;
-  void DoFetch(Session& session, FetchRequest request, Completion<std::vector<FetchResult>> done);
+  void DoFetch(Session& session, FetchRequest request, const OperationTrace& trace,
+               Completion<std::vector<FetchResult>> done);
   absl::Status PrepareItem(Session& session, const FetchRequest& request, const FetchItem& item,
                            ServeWork& work);
   absl::Status RunServe(ServeWork& work);
@@ -174,6 +178,7 @@ class ServiceCore {
   const std::unique_ptr<HostPool> pool_;
   const absl::Time started_;
   std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
+  SlowLog slow_log_;
   std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread
   std::unique_ptr<gpu::DeviceMemory> probe_;     // of the memory thread
 

@@ -45,15 +45,18 @@ struct ServiceCore::StageWork {
   std::vector<std::vector<RowSpan>> spans;  // per (layer, head), the same cuts in each
   std::vector<RowCopy> moves;
   uint32_t length_after = 0;  // served: sets the length, 0 leaves it
+  uint64_t bytes = 0;         // of the range
+  OperationTrace trace;
 };
 
 void ServiceCore::IngestTokens(SessionKey key, IngestRequest request, Completion<uint32_t> done) {
-  Call<uint32_t>(std::move(done),
-                 [this, key = std::move(key), request](const Completion<uint32_t>& reply) {
-                   auto session = FindSession(key);
-                   if (!session.ok()) return reply(session.status());
-                   DoIngest(**session, request, reply);
-                 });
+  OperationTrace trace(key.request_id);
+  Call<uint32_t>(std::move(done), [this, key = std::move(key), request,
+                                   trace = std::move(trace)](const Completion<uint32_t>& reply) {
+    auto session = FindSession(key);
+    if (!session.ok()) return reply(session.status());
+    DoIngest(**session, request, trace, reply);
+  });
 }
 
 absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
@@ -121,7 +124,7 @@ absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
 }
 
 void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
-                           const Completion<uint32_t>& done) {
+                           const OperationTrace& trace, const Completion<uint32_t>& done) {
   auto found = FindSequence(session, request.sequence);
   if (!found.ok()) return done(found.status());
   Sequence& sequence = **found;
@@ -153,6 +156,9 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
   work->request = request;
   work->range = *range;
   work->moves = std::move(admission->moves);
+  work->bytes = bytes;
+  work->trace = trace;
+  work->trace.End("core_queue_ms");
   sequence.pieces.Commit(*std::move(admission), request.layer_begin,
                          std::max(request.position, sequence.method.sink_tokens), end, work->spans);
   for (uint32_t i = 0; i < request.layer_count; ++i) {
@@ -164,16 +170,15 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
   if (std::ranges::all_of(sequence.layers, &LayerProgress::prompt_ended)) work->length_after = end;
   sequence.last_range = request;
   ++sequence.in_flight;
-  stage_.Post([this, work, bytes, session_id = session.id] {
+  stage_.Post([this, work, session_id = session.id] {
     absl::Status status = RunStage(*work);
-    core_.Post([this, work, bytes, session_id, status] {
-      FinishStage(session_id, work->request.sequence, work->request, bytes, status);
-    });
+    core_.Post([this, work, session_id, status] { FinishStage(session_id, work, status); });
   });
   done(sequence.arrived());
 }
 
-absl::Status ServiceCore::RunStage(const StageWork& work) {
+absl::Status ServiceCore::RunStage(StageWork& work) {
+  work.trace.End("stage_queue_ms");
   const Sequence& sequence = *work.sequence;
   const gpu::Shape& shape = sequence.request.shape;
   const IngestRequest& request = work.request;
@@ -211,18 +216,27 @@ absl::Status ServiceCore::RunStage(const StageWork& work) {
                                               .length_after = work.length_after});
   };
   const absl::Status status = enqueue();
+  work.trace.End("enqueue_ms");
   const absl::Status finished = stage_stream_->Synchronize();
+  work.trace.End("device_ms");
   return status.ok() ? finished : status;
 }
 
-void ServiceCore::FinishStage(SessionId session_id, SequenceId sequence_id,
-                              const IngestRequest& request, uint64_t bytes,
+void ServiceCore::FinishStage(SessionId session_id, const std::shared_ptr<StageWork>& work,
                               const absl::Status& status) {
-  Sequence& sequence = *SequenceById(session_id, sequence_id);  // stays while work is in flight
+  const IngestRequest& request = work->request;
+  Sequence& sequence = *SequenceById(session_id, request.sequence);  // stays while in flight
   Session& session = sequence.session;
+  work->trace.End("core_return_ms");
+  slow_log_.Report(SlowLog::kIngestTokens, work->trace,
+                   {{"session", session_id},
+                    {"sequence", sequence.id},
+                    {"position", request.position},
+                    {"tokens", request.count},
+                    {"layers", request.layer_count}});
   --sequence.in_flight;
   session.ranges.Release(request.arena, request.ring_offset);
-  if (session.sink) session.sink->CreditReturned(request.arena, request.ring_offset, bytes);
+  if (session.sink) session.sink->CreditReturned(request.arena, request.ring_offset, work->bytes);
   if (!status.ok()) Fail(sequence, status);
   if (sequence.releasing || !sequence.failure.ok()) return MaybeFinishRelease(sequence);
   const uint32_t before = sequence.arrived();

@@ -37,20 +37,23 @@ struct ServiceCore::ServeWork {
   std::vector<Item> items;
   std::vector<ServePlace> places;  // of the items
   Completion<std::vector<FetchResult>> done;
+  OperationTrace trace;
 };
 
 void ServiceCore::FetchClusters(SessionKey key, FetchRequest request,
                                 Completion<std::vector<FetchResult>> done) {
-  Call<std::vector<FetchResult>>(std::move(done),
-                                 [this, key = std::move(key), request = std::move(request)](
-                                     Completion<std::vector<FetchResult>> reply) mutable {
-                                   auto session = FindSession(key);
-                                   if (!session.ok()) return reply(session.status());
-                                   DoFetch(**session, std::move(request), std::move(reply));
-                                 });
+  OperationTrace trace(key.request_id);
+  Call<std::vector<FetchResult>>(
+      std::move(done),
+      [this, key = std::move(key), request = std::move(request),
+       trace = std::move(trace)](Completion<std::vector<FetchResult>> reply) mutable {
+        auto session = FindSession(key);
+        if (!session.ok()) return reply(session.status());
+        DoFetch(**session, std::move(request), trace, std::move(reply));
+      });
 }
 
-void ServiceCore::DoFetch(Session& session, FetchRequest request,
+void ServiceCore::DoFetch(Session& session, FetchRequest request, const OperationTrace& trace,
                           Completion<std::vector<FetchResult>> done) {
   if (request.items.empty() || request.items.size() > kMaxItems) {
     return done(absl::InvalidArgumentError(
@@ -100,6 +103,8 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request,
     sequence.step.next_layer = layer + 1;
   }
   work->done = std::move(done);
+  work->trace = trace;
+  work->trace.End("core_queue_ms");
   serve_.Post([this, work] {
     absl::Status status = RunServe(*work);
     core_.Post([this, work, status] { FinishServe(work, status); });
@@ -231,6 +236,7 @@ absl::Status ServiceCore::StageServed(const ServeWork& work, const ServeTensors&
 }
 
 absl::Status ServiceCore::RunServe(ServeWork& work) {
+  work.trace.End("serve_queue_ms");
   const gpu::Shape& shape = work.items.front().sequence->request.shape;
   const uint32_t layer = work.request.layer;
   std::vector<gpu::BatchSlot> batch, beginning;
@@ -257,12 +263,15 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
     return ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()});
   };
   const absl::Status status = enqueue();
+  work.trace.End("enqueue_ms");
   const absl::Status finished = stream.Synchronize();
+  work.trace.End("device_ms");
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
   for (size_t i = 0; i < work.items.size(); ++i) {
     CKV_RETURN_IF_ERROR(TakeServed(work, i, batch[i]));
   }
+  work.trace.End("results_ms");
   return absl::OkStatus();
 }
 
@@ -299,6 +308,12 @@ absl::Status ServiceCore::TakeServed(ServeWork& work, size_t index, const gpu::B
 }
 
 void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Status status) {
+  work->trace.End("core_return_ms");
+  slow_log_.Report(SlowLog::kFetchClusters, work->trace,
+                   {{"session", work->session},
+                    {"sequence", work->items.front().sequence->id},
+                    {"sequences", work->items.size()},
+                    {"layer", work->request.layer}});
   std::vector<FetchResult> results;
   std::vector<Sequence*> sequences;
   std::vector<std::string> failures;

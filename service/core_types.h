@@ -22,9 +22,11 @@ using ArenaId = uint32_t;  // unique in its session; 0 is none
 template <typename T>
 using Completion = std::function<void(absl::StatusOr<T>)>;
 
+// Who calls.
 struct SessionKey {
   std::string token;
   uint64_t boot_epoch = 0;
+  std::string request_id = {};  // of the call, for the log
 };
 
 struct SessionGroup {
@@ -37,6 +39,7 @@ struct HelloInfo {
   std::vector<uint32_t> state_layout_versions;
   std::string client_name;
   std::optional<SessionGroup> group;
+  std::string request_id = {};  // of the Session call, for the log
 };
 
 struct WelcomeInfo {

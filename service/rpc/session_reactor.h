@@ -33,6 +33,7 @@ class SessionReactor : public grpc::ServerBidiReactor<v1::SessionRequest, v1::Se
   ServiceCore& core_;
   grpc::CallbackServerContext& context_;
   const std::string attach_path_;
+  const absl::StatusOr<std::string> request_id_;
   v1::SessionRequest request_;
   bool greeted_ = false;  // reads come one after another
 
