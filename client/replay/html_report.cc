@@ -157,7 +157,8 @@ std::string Number(const std::optional<double>& value, int digits, double scale 
 // All layers together; the lowest error of a budget but for the oracle's is marked.
 std::string Summary(const Report& report) {
   std::string html =
-      "<div class=\"box scroll\"><table id=\"summary\"><thead><tr><th>budget</th><th>method</th>"
+      "<div class=\"box scroll\"><table id=\"summary\"><thead><tr><th>budget</th><th "
+      "class=\"text\">method</th>"
       "<th>recall</th><th>output error</th><th>mass</th><th>hit rate</th><th>KiB a step</th></tr>"
       "</thead><tbody>\n";
   for (const uint32_t budget : BudgetsOf(report)) {
@@ -257,7 +258,7 @@ std::string Body(const Report& report) {
       }));
   html += ChartHtml(OverLayers(report, "Clusters found in the cache", "hit rate", true,
                                [](const ReportRow& row) { return row.hit_rate; }));
-  html += "</div>\n<p></p>\n";
+  html += "</div>\n";
   for (const uint32_t budget : BudgetsOf(report)) html += LayerTable(report, budget);
   return html + fmt::format(
                     "<details class=\"box\"><summary>As JSON</summary><pre "
