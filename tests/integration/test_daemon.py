@@ -230,6 +230,8 @@ def test_clusterkvctl_status_says_what_the_admin_port_says(start_daemon):
         assert error["level"] == "warning" and error["count"] == 1
         assert error["text"].startswith("session over session=1 client=lost why=")
         assert "host CPU, 3 threads" in told("table")
+        for form in (worker.ref.session_token.hex(), worker.ref.session_token.decode("latin-1")):
+            assert form not in told("json") + daemon.http("/status")[2], "the token is a secret"
 
 
 @pytest.mark.parametrize("path", ["//", "/statusz", "/status/", "/../etc/passwd", "/metrics/x",

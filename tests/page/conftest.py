@@ -97,14 +97,28 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
 
+@pytest.fixture(scope="session")
+def _browsers():
+    """Idle ones, by size and scheme: starting one takes longer than most tests."""
+    idle = {}
+    yield idle
+    for browsers in idle.values():
+        for browser in browsers:
+            browser.driver.quit()
+
+
 @pytest.fixture
-def browse():
-    """browse(size=DESKTOP, dark=False) gives a Browser; all end with the test."""
-    opened = []
+def browse(_browsers):
+    """browse(size=DESKTOP, dark=False) gives a Browser that no other test uses."""
+    lent = []
 
     def start(size=DESKTOP, dark=False):
-        opened.append(Browser(size, dark))
-        return opened[-1]
+        idle = _browsers.setdefault((size, dark), [])
+        browser = idle.pop() if idle else Browser(size, dark)
+        lent.append((idle, browser))
+        return browser
     yield start
-    for browser in opened:
-        browser.driver.quit()
+    for idle, browser in lent:
+        browser.open("about:blank")
+        browser.complaints()
+        idle.append(browser)
