@@ -27,7 +27,8 @@ class SessionCall {
   virtual void Cancel() = 0;
 };
 
-// Thread-safe. Every call has a deadline; its errors name the call and the address.
+// Thread-safe. Every call has a deadline; its errors name the call, the address, and the id under
+// which the daemon logs it.
 class Connection {
  public:
   // Does not wait for a daemon: the first call finds out. Errors: INVALID_ARGUMENT.

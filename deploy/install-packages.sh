@@ -19,7 +19,11 @@ packages=(
   # The presets configure the tests too.
   libgtest-dev libgmock-dev
 )
-test_packages=(git clang-format clang-tidy python3 python3-venv iproute2 strace systemd)
+test_packages=(
+  git clang-format clang-tidy python3 python3-venv iproute2 strace systemd
+  # The admin port's page and the replay's report are looked at in a browser.
+  chromium chromium-driver fonts-dejavu-core
+)
 # Another kubectl serves as well, and Debian's package clashes with it.
 command -v kubectl >/dev/null || test_packages+=(kubernetes-client)
 # Unpacked into build/tools, not installed: they would bring a service that starts with the machine.

@@ -37,7 +37,7 @@ LABELS = {
     "phase": "of a served fetch: `queue`, `prepare`, `gather`, `attend`, `finish`",
     "direction": "`d2h`, `h2d`",
     "reason": "why a session ended: `closed`, `connection_lost`, `worker_died`, `attach_timeout`, "
-              "`protocol_error`, `daemon_stopped`",
+              "`protocol_error`, `daemon_stopped`, `grant_revoked`",
     "limit": "`sessions`, `sequences`, `arenas`, `host_memory`, `gpu_memory`, `ring_credits`, "
              "`waiters`",
     "thread": "`core`, `stage`, `cluster`, `serve`, `memory`, `audit`",

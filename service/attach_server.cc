@@ -295,9 +295,9 @@ class AttachServerImpl : public AttachServer {
 
   // Says why and closes. An attached worker that sends nonsense loses its session.
   void Refuse(Peer& peer, const absl::Status& why) {
-    LogInfo("attach refused", {{"pid", peer.credentials.pid},
-                               {"uid", peer.credentials.uid},
-                               {"why", std::string(why.message())}});
+    LogWarning("attach refused", {{"pid", peer.credentials.pid},
+                                  {"uid", peer.credentials.uid},
+                                  {"why", std::string(why.message())}});
     core_.CountRejectedAttach();
     clusterkv::v1::AttachEvent event;
     event.mutable_rejected()->set_code(static_cast<int>(why.code()));

@@ -50,13 +50,19 @@ size_t ResultBytesOfHead(const ClusterJob& job) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ClusterScheduler>> ClusterScheduler::Create(gpu::Device& device) {
+absl::StatusOr<std::unique_ptr<ClusterScheduler>> ClusterScheduler::Create(gpu::Device& device,
+                                                                           SlowLog& slow_log) {
   CKV_ASSIGN_OR_RETURN(auto stream, device.CreateStream("cluster"));
-  return std::unique_ptr<ClusterScheduler>(new ClusterScheduler(device, std::move(stream)));
+  return std::unique_ptr<ClusterScheduler>(
+      new ClusterScheduler(device, std::move(stream), slow_log));
 }
 
-ClusterScheduler::ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream)
-    : device_(device), stream_(std::move(stream)), queue_("ckv-cluster", SIZE_MAX) {}
+ClusterScheduler::ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream,
+                                   SlowLog& slow_log)
+    : device_(device),
+      stream_(std::move(stream)),
+      slow_log_(slow_log),
+      queue_("ckv-cluster", SIZE_MAX) {}
 
 ClusterScheduler::~ClusterScheduler() { Stop(); }
 
@@ -107,12 +113,15 @@ ClusterLoad ClusterScheduler::load() const {
 
 void ClusterScheduler::RunBatch(Jobs batch) {
   const auto start = Clock::now();
+  OperationTrace trace = batch.front().trace;  // waited longest
+  trace.End("queue_ms");
   auto memory = Allocate(batch);
+  trace.End("allocate_ms");
   if (absl::IsResourceExhausted(memory.status()) && batch.size() > 1) {
     for (size_t i = 0; i < batch.size(); ++i) RunBatch(batch.subspan(i, 1));
     return;
   }
-  auto results = memory.ok() ? Cluster(batch, *std::move(memory)) : memory.status();
+  auto results = memory.ok() ? Cluster(batch, *std::move(memory), trace) : memory.status();
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   for (size_t i = 0; i < batch.size(); ++i) {
     if (!results.ok()) {
@@ -122,6 +131,13 @@ void ClusterScheduler::RunBatch(Jobs batch) {
     (*results)[i].seconds = seconds / static_cast<double>(batch.size());
     batch[i].done(std::move((*results)[i]));
   }
+  size_t tokens = 0, problems = 0;
+  for (const ClusterJob& job : batch) {
+    tokens += job.tokens;
+    problems += job.heads.size();
+  }
+  slow_log_.Report(SlowLog::kClustering, trace,
+                   {{"jobs", batch.size()}, {"problems", problems}, {"tokens", tokens}});
 }
 
 absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs batch) {
@@ -142,8 +158,8 @@ absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs ba
   return memory;
 }
 
-absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
-                                                                     BatchMemory memory) {
+absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch, BatchMemory memory,
+                                                                     OperationTrace& trace) {
   gpu::ClusterArgs cluster{.head_dim = batch[0].head_dim,
                            .dtype = batch[0].dtype,
                            .iterations = batch[0].iterations,
@@ -188,17 +204,17 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
   const std::vector<gpu::ClusterProblem> problems = cluster.problems;
   std::vector<uint32_t> counts(problems.size());
   absl::Status status = device_.cluster_ops().Cluster(*stream_, std::move(cluster));
+  trace.End("enqueue_ms");
   if (status.ok()) status = stream_->Synchronize();  // so that the rows' way back is timed alone
-  const auto clustered = Clock::now();
+  trace.End("device_ms");
   if (status.ok()) status = device_.cluster_ops().Permute(*stream_, std::move(permute));
   if (status.ok()) {
     status = stream_->CopyAsync(counts.data(), device_counts, counts.size() * sizeof(uint32_t));
   }
   const absl::Status finished = stream_->Synchronize();  // always: the memory is in use until then
+  const double permute_seconds = trace.End("permute_ms") / static_cast<double>(batch.size());
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
-  const double permute_seconds = std::chrono::duration<double>(Clock::now() - clustered).count() /
-                                 static_cast<double>(batch.size());
 
   size_t next = 0;
   for (size_t i = 0; i < batch.size(); ++i) {

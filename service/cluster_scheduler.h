@@ -22,6 +22,7 @@
 #include "absl/types/span.h"
 #include "gpu/cluster_ops.h"
 #include "gpu/device.h"
+#include "service/slow_log.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
@@ -60,6 +61,7 @@ struct ClusterJob {
   bool center_keys = false;
 
   std::vector<Head> heads;
+  OperationTrace trace{};                                   // since it was ready
   std::function<void(absl::StatusOr<ClusterResult>)> done;  // on the scheduler's thread
 };
 
@@ -72,7 +74,9 @@ struct ClusterLoad {
 // Thread-safe.
 class ClusterScheduler {
  public:
-  static absl::StatusOr<std::unique_ptr<ClusterScheduler>> Create(gpu::Device& device);
+  // `slow_log` hears of every batch, and outlives the scheduler.
+  static absl::StatusOr<std::unique_ptr<ClusterScheduler>> Create(gpu::Device& device,
+                                                                  SlowLog& slow_log);
   ~ClusterScheduler();
 
   void Submit(ClusterJob job);
@@ -90,7 +94,7 @@ class ClusterScheduler {
     ClusterJob job;
     Clock::time_point submitted;
   };
-  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream);
+  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream, SlowLog& slow_log);
 
   // What a batch needs on the device while it runs, and what is left of it.
   struct BatchMemory {
@@ -105,10 +109,12 @@ class ClusterScheduler {
   void RunReady();
   void RunBatch(Jobs batch);
   absl::StatusOr<BatchMemory> Allocate(Jobs batch);
-  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory);
+  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory,
+                                                     OperationTrace& trace);
 
   gpu::Device& device_;
   std::unique_ptr<gpu::Stream> stream_;
+  SlowLog& slow_log_;
   mutable std::mutex mu_;
   std::deque<Ready> ready_;             // guarded by mu_
   size_t running_ = 0;                  // guarded by mu_; jobs

@@ -11,9 +11,11 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 #include <set>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "gpu/device.h"
 #include "gpu/status_macros.h"
@@ -37,6 +39,7 @@ constexpr int kExitUsage = 2;
 constexpr int kExitUnavailable = 3;
 constexpr int kExitExhausted = 4;
 
+constexpr auto kSequencesTimeout = std::chrono::milliseconds(250);
 constexpr absl::Duration kTickInterval = absl::Seconds(1);
 
 int ExitCode(const absl::Status& status) {
@@ -135,6 +138,16 @@ absl::StatusOr<std::unique_ptr<DevicePlugin>> CreateDevicePlugin(const Config& c
                               core, std::make_unique<GrantServers>(core, attach, calls));
 }
 
+// All of them, for the admin port. The core answers within microseconds unless it is overloaded.
+absl::StatusOr<std::vector<SequenceStatus>> Sequences(ServiceCore& core) {
+  using List = absl::StatusOr<std::vector<SequenceStatus>>;
+  auto promise = std::make_shared<std::promise<List>>();
+  auto list = promise->get_future();
+  core.ListSequences(std::nullopt, [promise](List found) { promise->set_value(std::move(found)); });
+  if (list.wait_for(kSequencesTimeout) == std::future_status::ready) return list.get();
+  return absl::UnavailableError("the daemon's queue of requests is long; try again");
+}
+
 absl::Status Serve(const Config& config, const Signals& signals) {
   CKV_ASSIGN_OR_RETURN(auto device, gpu::CreateDevice({.backend = config.backend,
                                                        .device = config.device,
@@ -154,7 +167,8 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .max_arenas_per_session = config.max_arenas_per_session,
                                       .attach_timeout = config.attach_timeout,
                                       .poll = config.poll_duration(),
-                                      .audit_share = config.audit_share},
+                                      .audit_share = config.audit_share,
+                                      .slow_operation = config.slow_operation},
                                      std::move(device), std::move(pool)));
   RpcCounters calls;  // of all gRPC servers
   CKV_ASSIGN_OR_RETURN(auto grpc, GrpcServer::Create({.listen = config.listen,
@@ -168,11 +182,15 @@ absl::Status Serve(const Config& config, const Signals& signals) {
     taken.device_plugin_registered = plugin != nullptr && plugin->registered();
     return taken;
   };
-  CKV_ASSIGN_OR_RETURN(auto admin,
-                       AdminServer::Create({.listen = config.admin_listen, .status = status}));
+  CKV_ASSIGN_OR_RETURN(
+      auto admin,
+      AdminServer::Create({.listen = config.admin_listen, .status = status, .sequences = [&core] {
+                             return Sequences(*core);
+                           }}));
   const auto tick = [&] {
     core->Tick();
     if (plugin != nullptr) plugin->Tick();
+    admin->Sample();
   };
   grpc->SetServing(true);
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());

@@ -44,6 +44,7 @@ struct Config {
   std::optional<absl::Duration> poll_time;  // nullopt: auto
   LogLevel log_level = LogLevel::kInfo;
   LogFormat log_format = LogFormat::kText;
+  absl::Duration slow_operation = absl::Seconds(1);  // 0: none is slow
 
   std::string early_output;  // of --help and --version: print it and exit
 

@@ -242,6 +242,9 @@ std::vector<ConfigKey> LogKeys() {
           "log-format", {"text", "json"}, "of the log on stderr",
           [](Config& config, size_t i) { config.log_format = static_cast<LogFormat>(i); },
           [](const Config& config) { return static_cast<size_t>(config.log_format); }),
+      DurationKey("slow-operation",
+                  "from here on an operation is logged as slow, with its phases; 0: none",
+                  &Config::slow_operation),
   };
 }
 

@@ -77,6 +77,7 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
       pool_(std::move(pool)),
       accounts_(*pool_, options_.offered_bytes),
       started_(options_.now()),
+      slow_log_(options_.slow_operation),
       device_watch_(started_),
       last_tick_(started_),
       core_("ckv-core", kQueueCapacity, absl::ToChronoMicroseconds(options_.poll)),
@@ -91,7 +92,7 @@ absl::Status ServiceCore::Start() {
   CKV_ASSIGN_OR_RETURN(probe_, device_->Allocate(sizeof(uint64_t)));
   serve_tensors_ = std::make_unique<ServeTensors>(*device_);
   CKV_ASSIGN_OR_RETURN(memory_stream_, device_->CreateStream("memory"));
-  CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_));
+  CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_, slow_log_));
   MeasureHostMemory();
   PublishStatus();
   return absl::OkStatus();
@@ -164,10 +165,10 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
     tokens_[session->token] = session->id;
     sessions_[session->id] = std::move(session);
     ++counters_.sessions_started;
-    LogInfo("session opened",
-            {{"session", welcome.session},
-             {"client", hello.client_name},
-             {"grant", hello.grant == kNoGrant ? "none" : GrantText(hello.grant)}});
+    LogInfo("session opened", {{"session", welcome.session},
+                               {"client", hello.client_name},
+                               {"grant", hello.grant == kNoGrant ? "none" : GrantText(hello.grant)},
+                               {"request_id", hello.request_id}});
     PublishStatus();
     reply(welcome);
   });
@@ -288,12 +289,15 @@ Sequence* ServiceCore::SequenceById(SessionId session, SequenceId id) {
 
 void ServiceCore::End(Session& session, SessionEnd reason, const absl::Status& why) {
   session.over = true;
+  session.ending = OperationTrace(session.hello.request_id);
   ++counters_.sessions_ended[static_cast<size_t>(reason)];
   if (!why.ok()) ++counters_.sessions_ended_lost;
-  LogInfo("session over", {{"session", session.id},
-                           {"client", session.hello.client_name},
-                           {"reason", kSessionEndNames[static_cast<size_t>(reason)]},
-                           {"why", why.ok() ? std::string("closed") : std::string(why.message())}});
+  (why.ok() ? LogInfo : LogWarning)(
+      "session over", {{"session", session.id},
+                       {"client", session.hello.client_name},
+                       {"why", why.ok() ? std::string("closed") : std::string(why.message())},
+                       {"reason", kSessionEndNames[static_cast<size_t>(reason)]},
+                       {"request_id", session.hello.request_id}});
   tokens_.erase(session.token);
   if (session.sink) std::exchange(session.sink, nullptr)->Ended(why);
   if (session.attach) std::exchange(session.attach, nullptr)->SessionEnded();
@@ -310,6 +314,7 @@ void ServiceCore::End(Session& session, SessionEnd reason, const absl::Status& w
 
 void ServiceCore::FinishEnd(Session& session) {
   if (!session.over || !session.sequences.empty() || session.in_flight > 0) return;
+  if (!std::exchange(session.idle, true)) session.ending.End("in_flight_ms");
   for (auto& [id, arena] : session.arenas) {
     FreeDeviceMemory(std::move(arena.memory), session, arena.bytes);
   }
@@ -320,6 +325,8 @@ void ServiceCore::FinishEnd(Session& session) {
   session.chunk_addresses.reset();
   if (session.chunk_table != nullptr) DiscardMemory(std::move(session.chunk_table));
   if (session.memory->holds_nothing()) {
+    session.ending.End("give_back_ms");
+    slow_log_.Report(SlowLog::kSessionEnd, session.ending, {{"session", session.id}});
     LogInfo("session freed", {{"session", session.id}});
     sessions_.erase(session.id);
   }

@@ -34,6 +34,7 @@
 #include "service/host_pool.h"
 #include "service/serve_tensors.h"
 #include "service/session_state.h"
+#include "service/slow_log.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
@@ -52,6 +53,7 @@ struct CoreOptions {
   absl::Duration attach_timeout = absl::Seconds(10);
   absl::Duration poll = absl::ZeroDuration();  // of the core's and the serve thread; see TaskQueue
   double audit_share = 0.05;                   // of a core, that audits may take; 0: none is made
+  absl::Duration slow_operation = absl::ZeroDuration();  // 0: none is logged
   std::function<absl::Time()> now = [] { return absl::Now(); };
 };
 
@@ -178,11 +180,12 @@ class ServiceCore {
   CacheFill& FillOf(const Sequence& sequence);
 
   // core_ingest.cc
-  void DoIngest(Session& session, const IngestRequest& request, const Completion<uint32_t>& done);
+  void DoIngest(Session& session, const IngestRequest& request, const OperationTrace& trace,
+                const Completion<uint32_t>& done);
   absl::Status CheckIngest(const Sequence& sequence, const IngestRequest& request) const;
   struct StageWork;
-  absl::Status RunStage(const StageWork& work);
-  void FinishStage(SessionId session, const StageWork& work, const absl::Status& status);
+  absl::Status RunStage(StageWork& work);
+  void FinishStage(SessionId session, StageWork& work, const absl::Status& status);
   void SubmitReady(Sequence& sequence);
   void SubmitLayer(Sequence& sequence, uint32_t layer, const gpu::Segment& segment);
   void FinishCluster(SessionId session, SequenceId sequence, uint32_t ordinal, uint32_t layer,
@@ -201,7 +204,8 @@ class ServiceCore {
 
   // core_serve.cc
   struct ServeWork;
-  void DoFetch(Session& session, FetchRequest request, Completion<std::vector<FetchResult>> done);
+  void DoFetch(Session& session, FetchRequest request, const OperationTrace& trace,
+               Completion<std::vector<FetchResult>> done);
   absl::Status PrepareItem(Session& session, const FetchRequest& request, const FetchItem& item,
                            ServeWork& work);
   absl::Status RunServe(ServeWork& work);
@@ -217,6 +221,7 @@ class ServiceCore {
   HostAccounts accounts_;  // the core's own
   const absl::Time started_;
   std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
+  SlowLog slow_log_;
   std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread
   std::unique_ptr<gpu::DeviceMemory> probe_;     // of the memory thread
 

@@ -43,21 +43,23 @@ struct ServiceCore::StageWork {
   Sequence* sequence = nullptr;
   IngestRequest request;
   const std::byte* range = nullptr;
-  uint64_t bytes = 0;  // of the range
-  absl::Time admitted;
-  double seconds = 0;                       // that staging took
   std::vector<std::vector<RowSpan>> spans;  // per (layer, head), the same cuts in each
   std::vector<RowCopy> moves;
   uint32_t length_after = 0;  // served: sets the length, 0 leaves it
+  uint64_t bytes = 0;         // of the range
+  absl::Time admitted;
+  double seconds = 0;  // that staging took
+  OperationTrace trace;
 };
 
 void ServiceCore::IngestTokens(SessionKey key, IngestRequest request, Completion<uint32_t> done) {
-  Call<uint32_t>(std::move(done),
-                 [this, key = std::move(key), request](const Completion<uint32_t>& reply) {
-                   auto session = FindSession(key);
-                   if (!session.ok()) return reply(session.status());
-                   DoIngest(**session, request, reply);
-                 });
+  OperationTrace trace(key.request_id);
+  Call<uint32_t>(std::move(done), [this, key = std::move(key), request,
+                                   trace = std::move(trace)](const Completion<uint32_t>& reply) {
+    auto session = FindSession(key);
+    if (!session.ok()) return reply(session.status());
+    DoIngest(**session, request, trace, reply);
+  });
 }
 
 absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
@@ -125,7 +127,7 @@ absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
 }
 
 void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
-                           const Completion<uint32_t>& done) {
+                           const OperationTrace& trace, const Completion<uint32_t>& done) {
   auto found = FindSequence(session, request.sequence);
   if (!found.ok()) return done(found.status());
   Sequence& sequence = **found;
@@ -161,9 +163,11 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
   work->sequence = &sequence;
   work->request = request;
   work->range = *range;
-  work->bytes = bytes;
   work->admitted = options_.now();
   work->moves = std::move(admission->moves);
+  work->bytes = bytes;
+  work->trace = trace;
+  work->trace.End("core_queue_ms");
   sequence.pieces.Commit(*std::move(admission), request.layer_begin,
                          std::max(request.position, sequence.method.sink_tokens), end, work->spans);
   for (uint32_t i = 0; i < request.layer_count; ++i) {
@@ -176,15 +180,14 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
   sequence.last_range = request;
   ++sequence.in_flight;
   stage_.Post([this, work, session_id = session.id] {
-    const auto begun = std::chrono::steady_clock::now();
     const absl::Status status = RunStage(*work);
-    work->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
     core_.Post([this, work, session_id, status] { FinishStage(session_id, *work, status); });
   });
   done(sequence.arrived());
 }
 
-absl::Status ServiceCore::RunStage(const StageWork& work) {
+absl::Status ServiceCore::RunStage(StageWork& work) {
+  work.trace.End("stage_queue_ms");
   const Sequence& sequence = *work.sequence;
   const gpu::Shape& shape = sequence.request.shape;
   const IngestRequest& request = work.request;
@@ -222,15 +225,23 @@ absl::Status ServiceCore::RunStage(const StageWork& work) {
                                               .length_after = work.length_after});
   };
   const absl::Status status = enqueue();
+  work.seconds = work.trace.End("enqueue_ms");
   const absl::Status finished = stage_stream_->Synchronize();
+  work.seconds += work.trace.End("device_ms");
   return status.ok() ? finished : status;
 }
 
-void ServiceCore::FinishStage(SessionId session_id, const StageWork& work,
-                              const absl::Status& status) {
+void ServiceCore::FinishStage(SessionId session_id, StageWork& work, const absl::Status& status) {
   const IngestRequest& request = work.request;
   Sequence& sequence = *SequenceById(session_id, request.sequence);  // stays: work is in flight
   Session& session = sequence.session;
+  work.trace.End("core_return_ms");
+  slow_log_.Report(SlowLog::kIngestTokens, work.trace,
+                   {{"session", session_id},
+                    {"sequence", sequence.id},
+                    {"position", request.position},
+                    {"tokens", request.count},
+                    {"layers", request.layer_count}});
   --sequence.in_flight;
   session.ranges.Release(request.arena, request.ring_offset);
   if (session.sink) session.sink->CreditReturned(request.arena, request.ring_offset, work.bytes);

@@ -21,12 +21,6 @@ constexpr size_t kMaxItems = 256;
 // Of one call in so many the device's phases are timed: it waits for the device between them.
 constexpr uint64_t kTimedCalls = 64;
 
-using Clock = std::chrono::steady_clock;
-
-double SecondsSince(Clock::time_point begun) {
-  return std::chrono::duration<double>(Clock::now() - begun).count();
-}
-
 }  // namespace
 
 // Lives from admission to the reply; the sequences stay while it is in flight.
@@ -48,23 +42,26 @@ struct ServiceCore::ServeWork {
   std::vector<ServePlace> places;  // of the items
   Completion<std::vector<FetchResult>> done;
 
-  Clock::time_point admitted, begun, served;
+  OperationTrace trace;
   bool timed = false;
+  double queue_seconds = 0, finish_seconds = 0;
   double prepare_seconds = 0, gather_seconds = 0, attend_seconds = 0;  // if timed
 };
 
 void ServiceCore::FetchClusters(SessionKey key, FetchRequest request,
                                 Completion<std::vector<FetchResult>> done) {
-  Call<std::vector<FetchResult>>(std::move(done),
-                                 [this, key = std::move(key), request = std::move(request)](
-                                     Completion<std::vector<FetchResult>> reply) mutable {
-                                   auto session = FindSession(key);
-                                   if (!session.ok()) return reply(session.status());
-                                   DoFetch(**session, std::move(request), std::move(reply));
-                                 });
+  OperationTrace trace(key.request_id);
+  Call<std::vector<FetchResult>>(
+      std::move(done),
+      [this, key = std::move(key), request = std::move(request),
+       trace = std::move(trace)](Completion<std::vector<FetchResult>> reply) mutable {
+        auto session = FindSession(key);
+        if (!session.ok()) return reply(session.status());
+        DoFetch(**session, std::move(request), trace, std::move(reply));
+      });
 }
 
-void ServiceCore::DoFetch(Session& session, FetchRequest request,
+void ServiceCore::DoFetch(Session& session, FetchRequest request, const OperationTrace& trace,
                           Completion<std::vector<FetchResult>> done) {
   if (request.items.empty() || request.items.size() > kMaxItems) {
     return done(absl::InvalidArgumentError(
@@ -115,12 +112,11 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request,
     sequence.step.next_layer = layer + 1;
   }
   work->done = std::move(done);
-  work->admitted = Clock::now();
+  work->trace = trace;
+  work->queue_seconds = work->trace.End("core_queue_ms");
   work->timed = served_calls_++ % kTimedCalls == 0;
   serve_.Post([this, work] {
-    work->begun = Clock::now();
     absl::Status status = RunServe(*work);
-    work->served = Clock::now();
     core_.Post([this, work, status] { FinishServe(work, status); });
   });
 }
@@ -255,12 +251,10 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
   gpu::DecodeOps& ops = device_->decode_ops();
   gpu::Stream& stream = *serve_stream_;
   ServeTensors& tensors = *serve_tensors_;
-  Clock::time_point phase = Clock::now();
-  const auto end_phase = [&](double& seconds) -> absl::Status {
-    if (!work.timed) return absl::OkStatus();
-    CKV_RETURN_IF_ERROR(stream.Synchronize());
-    seconds = SecondsSince(std::exchange(phase, Clock::now()));
-    return absl::OkStatus();
+  const auto end_phase = [&](const char* name, double& seconds) -> absl::Status {
+    const absl::Status finished = stream.Synchronize();
+    seconds = work.trace.End(name);
+    return finished;
   };
   CKV_RETURN_IF_ERROR(tensors.Prepare(stream, shape, work.places));
   CKV_RETURN_IF_ERROR(StageServed(work, tensors));
@@ -268,9 +262,9 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
   CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
   if (work.timed) {
     CKV_RETURN_IF_ERROR(ops.Select(stream, batch, layer, tensors.queries(), work.budget_tokens));
-    CKV_RETURN_IF_ERROR(end_phase(work.prepare_seconds));
+    CKV_RETURN_IF_ERROR(end_phase("prepare_ms", work.prepare_seconds));
     CKV_RETURN_IF_ERROR(ops.Fetch(stream, batch, layer));
-    CKV_RETURN_IF_ERROR(end_phase(work.gather_seconds));
+    CKV_RETURN_IF_ERROR(end_phase("gather_ms", work.gather_seconds));
     CKV_RETURN_IF_ERROR(ops.Attend(stream, batch, layer, tensors.queries(), tensors.target()));
   } else {
     CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(), work.budget_tokens,
@@ -283,10 +277,13 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
       ops.ReportLayer(stream, batch, layer, {tensors.reports().data(), tensors.reports().size()}));
   CKV_RETURN_IF_ERROR(
       ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()}));
-  return end_phase(work.attend_seconds);
+  if (work.timed) return end_phase("attend_ms", work.attend_seconds);
+  work.trace.End("enqueue_ms");
+  return absl::OkStatus();
 }
 
 absl::Status ServiceCore::RunServe(ServeWork& work) {
+  work.queue_seconds += work.trace.End("serve_queue_ms");
   std::vector<gpu::BatchSlot> batch, beginning;
   for (const ServeWork::Item& item : work.items) {
     batch.push_back(item.sequence->slot());
@@ -294,11 +291,13 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
   }
   const absl::Status status = EnqueueServe(work, batch, beginning);
   const absl::Status finished = serve_stream_->Synchronize();
+  if (!work.timed) work.trace.End("device_ms");
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
   for (size_t i = 0; i < work.items.size(); ++i) {
     CKV_RETURN_IF_ERROR(TakeServed(work, i, batch[i]));
   }
+  work.trace.End("results_ms");
   return absl::OkStatus();
 }
 
@@ -335,18 +334,14 @@ absl::Status ServiceCore::TakeServed(ServeWork& work, size_t index, const gpu::B
 }
 
 void ServiceCore::CountServed(const ServeWork& work, uint64_t gathered_bytes) {
-  const auto between = [](Clock::time_point from, Clock::time_point to) {
-    return std::chrono::duration<double>(to - from).count();
-  };
   FetchStatus& fetch = counters_.fetch;
   const auto phase = [&](FetchPhase which) -> Mean& {
     return fetch.phases[static_cast<size_t>(which)];
   };
-  const auto now = Clock::now();
   fetch.sequences += work.items.size();
-  fetch.call.Observe(between(work.admitted, now));
-  phase(FetchPhase::kQueue).Observe(between(work.admitted, work.begun));
-  phase(FetchPhase::kFinish).Observe(between(work.served, now));
+  fetch.call.Observe(work.trace.seconds());
+  phase(FetchPhase::kQueue).Observe(work.queue_seconds);
+  phase(FetchPhase::kFinish).Observe(work.finish_seconds);
   if (!work.timed) return;
   phase(FetchPhase::kPrepare).Observe(work.prepare_seconds);
   phase(FetchPhase::kGather).Observe(work.gather_seconds);
@@ -386,6 +381,12 @@ void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Stat
     counters_.ingested_tokens += sequence.arrived() - before;
     SubmitReady(sequence);
   }
+  work->finish_seconds = work->trace.End("core_return_ms");
+  slow_log_.Report(SlowLog::kFetchClusters, work->trace,
+                   {{"session", work->session},
+                    {"sequence", work->items.front().sequence->id},
+                    {"sequences", work->items.size()},
+                    {"layer", work->request.layer}});
   if (status.ok()) CountServed(*work, gathered_bytes);
   PublishStatus();
   if (status.ok() && !failures.empty()) {

@@ -23,10 +23,12 @@ using ArenaId = uint32_t;  // unique in its session; 0 is none
 template <typename T>
 using Completion = std::function<void(absl::StatusOr<T>)>;
 
+// Who calls.
 struct SessionKey {
   std::string token;
   uint64_t boot_epoch = 0;
-  GrantId grant = kNoGrant;  // of the socket that the call came by; the worker has no say
+  GrantId grant = kNoGrant;     // of the socket that the call came by; the worker has no say
+  std::string request_id = {};  // of the call, for the log
 };
 
 struct SessionGroup {
@@ -39,7 +41,8 @@ struct HelloInfo {
   std::vector<uint32_t> state_layout_versions;
   std::string client_name;
   std::optional<SessionGroup> group;
-  GrantId grant = kNoGrant;  // of the socket that it came by
+  GrantId grant = kNoGrant;     // of the socket that it came by
+  std::string request_id = {};  // of the Session call, for the log
 };
 
 struct WelcomeInfo {

@@ -79,10 +79,11 @@ enum class SessionEnd {
   kAttachTimeout,
   kProtocolError,  // a message out of order, a false word about its mappings, events not read
   kDaemonStopped,
+  kGrantRevoked,
 };
-constexpr std::array<const char*, 6> kSessionEndNames = {"closed",         "connection_lost",
-                                                         "worker_died",    "attach_timeout",
-                                                         "protocol_error", "daemon_stopped"};
+constexpr std::array<const char*, 7> kSessionEndNames = {
+    "closed",         "connection_lost", "worker_died",  "attach_timeout",
+    "protocol_error", "daemon_stopped",  "grant_revoked"};
 
 // What a request was refused for, with RESOURCE_EXHAUSTED.
 enum class Limit {

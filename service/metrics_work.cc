@@ -9,7 +9,7 @@ void AddFetchMetrics(MetricFamilies& families, const DaemonStatus& status) {
   const FetchStatus& fetch = status.fetch;
   families.Distribution(
       "clusterkv_fetch_seconds",
-      "Served fetches (FetchClusters that succeeded), from admission to the reply.", fetch.call);
+      "Served fetches (FetchClusters that succeeded), from the call to the reply.", fetch.call);
   families.Counter("clusterkv_fetch_sequences_total", "Sequences in those calls.", fetch.sequences);
   for (size_t i = 0; i < fetch.phases.size(); ++i) {
     families.Summary(

@@ -22,6 +22,7 @@
 #include "service/piece_table.h"
 #include "service/ring_ranges.h"
 #include "service/session_memory.h"
+#include "service/slow_log.h"
 
 namespace clusterkv::service {
 
@@ -157,7 +158,9 @@ struct Session : ChunkEvents {
   size_t waiters = 0;
 
   bool over = false;         // ended: only waits for its sequences to drain
+  bool idle = false;         // and they have
   bool worker_gone = false;  // said goodbye, or is dead: it maps nothing
+  OperationTrace ending;     // from its end to its last byte
 };
 
 }  // namespace clusterkv::service

@@ -62,6 +62,11 @@ absl::StatusOr<ServiceTotals> RunWorker(const ReplayOptions& options, const Trac
     ServiceRunOptions run;
     run.trace = &trace;
     run.method = MethodForBudget(options, trace, rising[i]);
+    if (!run.method.Validate().ok()) {  // a size of the sweep that is too small for this budget
+      totals.budgets[i].resize(trace.layers().size());
+      progress.Advance(options.steps);
+      continue;
+    }
     run.method.seed += uint64_t{worker} * options.sequences;
     run.ranges = StepRanges(run.method, trace.prompt_tokens(), options.steps);
     run.mode = options.mode;

@@ -49,8 +49,6 @@ class ClusterKvService : public v1::ClusterKv::CallbackService {
                                       v1::GetStatusReply* reply) override;
 
  private:
-  SessionKey KeyOf(const v1::SessionRef& session) const;
-
   ServiceCore& core_;
   RpcCounters& counters_;
   const std::string attach_path_;

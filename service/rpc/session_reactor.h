@@ -37,6 +37,7 @@ class SessionReactor
   grpc::CallbackServerContext& context_;
   const std::string attach_path_;
   const GrantId grant_;
+  const absl::StatusOr<std::string> request_id_;
   v1::SessionRequest request_;
   bool greeted_ = false;  // reads come one after another
 

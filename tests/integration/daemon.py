@@ -143,7 +143,9 @@ class Daemon:
         """All of /status and /metrics that requests alone change, at once: no clocks, no process
         figures, no counts of calls, nothing that is sampled once a second."""
         status = self.status()
-        status.pop("uptime_seconds")
+        for name in ("uptime_seconds", "device_age_seconds", "recent_errors"):
+            status.pop(name)
+        status["counters"].pop("cluster_seconds")
         for session in status["session_list"]:
             session.pop("age_seconds")
         metrics = {series: value for series, value in self.metrics().items()

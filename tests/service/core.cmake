@@ -12,6 +12,7 @@ clusterkv_add_test(core_test
   ${CMAKE_CURRENT_LIST_DIR}/core_life_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_serve_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_session_test.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_slow_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_status_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/size_plan_test.cc)
-target_link_libraries(core_test PRIVATE clusterkv::service)
+target_link_libraries(core_test PRIVATE clusterkv::service nlohmann_json::nlohmann_json)
