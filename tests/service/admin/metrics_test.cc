@@ -58,6 +58,9 @@ DaemonStatus SomeStatus() {
                    .missed_bytes = 1000,
                    .gathered_bytes = 900,
                    .layers = {}};
+  status.grants = {{.grant = 0xa, .host = {.total_bytes = 30}},
+                   {.grant = 0xb, .host = {.total_bytes = 20}}};
+  status.device_plugin_registered = true;
   status.ingested_tokens = 8192;
   status.clustered_tokens = 8000;
   status.published_segments = 3;
@@ -80,6 +83,9 @@ TEST(Metrics, HasEveryNameOthersRelyOn) {
   EXPECT_EQ(samples.at("clusterkv_published_segments_total"), 3);
   EXPECT_EQ(samples.at("clusterkv_sessions"), 2);
   EXPECT_EQ(samples.at("clusterkv_sequences"), 4);
+  EXPECT_EQ(samples.at("clusterkv_grants"), 2);
+  EXPECT_EQ(samples.at("clusterkv_grant_bytes"), 50);
+  EXPECT_EQ(samples.at("clusterkv_device_plugin_registered"), 1);
   EXPECT_EQ(samples.at("clusterkv_gpu_arena_bytes{gpu=\"host\"}"), 77);
   EXPECT_EQ(samples.at("clusterkv_build_info{backend=\"host\",version=\"0.1.0\"}"), 1);
 }
