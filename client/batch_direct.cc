@@ -66,7 +66,7 @@ absl::Status DirectBatch::Prepare(uint32_t budget_tokens) {
   CKV_RETURN_IF_ERROR(CheckCaptured());
   CKV_RETURN_IF_ERROR(Open(budget_tokens));
   if (captured_budget_ == 0 || captured_budget_ == step_.budget_tokens()) return absl::OkStatus();
-  const absl::Status differs = absl::FailedPreconditionError(absl::StrCat(
+  absl::Status differs = absl::FailedPreconditionError(absl::StrCat(
       "budget_tokens is ", step_.budget_tokens(), "; the captured step's is ", captured_budget_));
   step_.Withdraw();
   return differs;
@@ -82,7 +82,7 @@ absl::Status DirectBatch::Begin(uint32_t budget_tokens) {
                                                    ", but the step was prepared for ",
                                                    step_.budget_tokens()));
   }
-  const absl::Status begun = ops().BeginStep(*stream_, slots_);
+  absl::Status begun = ops().BeginStep(*stream_, slots_);
   if (!begun.ok() && !options_.captured) step_.Withdraw();
   begun_ = begun.ok();
   if (begun_ && audit_ != nullptr) audit_->Begin();
@@ -137,7 +137,7 @@ absl::StatusOr<std::vector<int32_t>> DirectBatch::Selection(size_t index) {
 
 absl::Status DirectBatch::End() {
   CKV_RETURN_IF_ERROR(step_.CheckEnd());
-  const absl::Status status = ops().EndStep(*stream_, slots_, errors_);
+  absl::Status status = ops().EndStep(*stream_, slots_, errors_);
   if (!options_.captured) return Close(status);
   if (status.ok()) captured_budget_ = step_.budget_tokens();
   return status;

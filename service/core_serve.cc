@@ -252,7 +252,7 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
   gpu::Stream& stream = *serve_stream_;
   ServeTensors& tensors = *serve_tensors_;
   const auto end_phase = [&](const char* name, double& seconds) -> absl::Status {
-    const absl::Status finished = stream.Synchronize();
+    absl::Status finished = stream.Synchronize();
     seconds = work.trace.End(name);
     return finished;
   };
