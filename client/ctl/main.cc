@@ -3,7 +3,9 @@
 // 4 resource exhausted.
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <iostream>
 #include <string>
 
@@ -165,10 +167,10 @@ int Main(int argc, char** argv) {
   Options options;
   CLI::App app("Asks a clusterkvd how it is, and a machine whether it is fit for one.",
                "clusterkvctl");
-  Declare(app, options);
   try {
+    Declare(app, options);
     app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
+  } catch (const CLI::Error& error) {
     return app.exit(error) == 0 ? 0 : kUsage;
   }
   return Run(app.get_subcommands().front()->get_name(), options);
@@ -177,4 +179,11 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace clusterkv::client::ctl
 
-int main(int argc, char** argv) { return clusterkv::client::ctl::Main(argc, argv); }
+int main(int argc, char** argv) {
+  try {
+    return clusterkv::client::ctl::Main(argc, argv);
+  } catch (const std::exception& error) {  // of CLI11, for options that we declared wrongly
+    std::fprintf(stderr, "clusterkvctl: %s\n", error.what());
+    return clusterkv::client::ctl::kCheckFailed;
+  }
+}

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <mutex>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/numbers.h"
@@ -36,7 +37,11 @@ class AdminServerTest : public testing::Test {
                                              status.served.hit_clusters = 100 * uptime_;
                                              return status;
                                            },
-                                       .sequences = [this] { return sequences_; }});
+                                       .sequences =
+                                           [this] {
+                                             const std::lock_guard lock(mu_);
+                                             return sequences_;
+                                           }});
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
     ASSERT_THAT(server_->address(), StartsWith("127.0.0.1:"));
@@ -66,7 +71,9 @@ class AdminServerTest : public testing::Test {
 
   std::atomic<bool> ready_{true};
   std::atomic<uint64_t> uptime_{0};
-  absl::StatusOr<std::vector<SequenceStatus>> sequences_ = std::vector<SequenceStatus>{};
+  std::mutex mu_;
+  absl::StatusOr<std::vector<SequenceStatus>> sequences_ =  // guarded by mu_
+      std::vector<SequenceStatus>{};
   std::unique_ptr<AdminServer> server_;
   int port_ = 0;
 };
@@ -118,11 +125,17 @@ TEST_F(AdminServerTest, KeepsAHistoryOfTenMinutes) {
 }
 
 TEST_F(AdminServerTest, ListsSequencesOrSaysWhyNot) {
-  sequences_->emplace_back().sequence = 17;
+  {
+    const std::lock_guard lock(mu_);
+    sequences_->emplace_back().sequence = 17;
+  }
   const auto list = Get("/sequences");
   EXPECT_EQ(list->get_header_value("Content-Type"), "application/json");
   EXPECT_EQ(nlohmann::json::parse(list->body)["sequences"][0]["sequence_id"], 17);
-  sequences_ = absl::UnavailableError("the queue is long");
+  {
+    const std::lock_guard lock(mu_);
+    sequences_ = absl::UnavailableError("the queue is long");
+  }
   EXPECT_EQ(Get("/sequences")->status, 503);
   EXPECT_EQ(Get("/sequences")->body, "the queue is long\n");
 }
