@@ -83,8 +83,8 @@ class DecodeOps {
   // Exact softmax attention over sinks + slot table + window (and the estimate, if asked for).
   virtual absl::Status Attend(Stream& stream, Batch batch, uint32_t layer,
                               const QuerySource& queries, const AttentionTarget& target) = 0;
-  // Select, Fetch and Attend, in as few launches as the backend can, with the same outcome but for the
-  // slot table, which they need not leave.
+  // Select, Fetch and Attend, in as few launches as the backend can, with the same outcome but for
+  // the slot table, which they need not leave.
   virtual absl::Status DecodeLayer(Stream& stream, Batch batch, uint32_t layer,
                                    const QuerySource& queries, uint32_t budget_tokens,
                                    const AttentionTarget& target) = 0;

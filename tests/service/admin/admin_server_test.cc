@@ -206,8 +206,7 @@ TEST_F(AdminServerTest, RefusesAPortThatIsTaken) {
 }
 
 TEST_F(AdminServerTest, AnswersOnAllAddressesIfToldTo) {
-  const auto server =
-      AdminServer::Create({.listen = "0.0.0.0:0", .status = [] { return DaemonStatus{}; }});
+  const auto server = AdminServer::Create(Options("0.0.0.0:0"));
   ASSERT_TRUE(server.ok()) << server.status();
   ASSERT_THAT((*server)->address(), StartsWith("0.0.0.0:"));
   int port = 0;

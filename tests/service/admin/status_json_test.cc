@@ -67,7 +67,8 @@ TEST(StatusJson, TellsCountersByTheirNames) {
                    .missed_tokens = 4,
                    .hit_bytes = 5,
                    .missed_bytes = 6,
-                   .gathered_bytes = 7};
+                   .gathered_bytes = 7,
+                   .layers = {}};
   status.served.hit_clusters = 8;
   status.ingested_tokens = 9;
   status.clustered_tokens = 10;
