@@ -91,9 +91,8 @@ absl::Status DirectBatch::Append(uint32_t layer, const gpu::KvSource& source) {
 absl::Status DirectBatch::Attend(uint32_t layer, const gpu::QuerySource& queries,
                                  const gpu::AttentionTarget& target) {
   CKV_RETURN_IF_ERROR(step_.CheckAttend(layer, queries, target));
-  CKV_RETURN_IF_ERROR(ops().Select(*stream_, slots_, layer, queries, step_.budget_tokens()));
-  CKV_RETURN_IF_ERROR(ops().Fetch(*stream_, slots_, layer));
-  CKV_RETURN_IF_ERROR(ops().Attend(*stream_, slots_, layer, queries, target));
+  CKV_RETURN_IF_ERROR(
+      ops().DecodeLayer(*stream_, slots_, layer, queries, step_.budget_tokens(), target));
   step_.Attended();
   return absl::OkStatus();
 }

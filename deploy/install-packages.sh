@@ -19,10 +19,12 @@ packages=(
   libgtest-dev libgmock-dev
 )
 test_packages=(
-  git clang-format clang-tidy python3 python3-venv
+  git clang-format clang-tidy python3 python3-venv iproute2 strace systemd
   # The admin port's page and the replay's report are looked at in a browser.
   chromium chromium-driver fonts-dejavu-core
 )
+# Another kubectl serves as well, and Debian's package clashes with it.
+command -v kubectl >/dev/null || test_packages+=(kubernetes-client)
 
 case ${1-} in
   "") ;;

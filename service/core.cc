@@ -75,12 +75,13 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
     : options_(std::move(options)),
       device_(std::move(device)),
       pool_(std::move(pool)),
+      accounts_(*pool_, options_.offered_bytes),
       started_(options_.now()),
       slow_log_(options_.slow_operation),
       device_watch_(started_),
-      core_("ckv-core", kQueueCapacity),
+      core_("ckv-core", kQueueCapacity, absl::ToChronoMicroseconds(options_.poll)),
       stage_("ckv-stage", SIZE_MAX),
-      serve_("ckv-serve", SIZE_MAX),
+      serve_("ckv-serve", SIZE_MAX, absl::ToChronoMicroseconds(options_.poll)),
       memory_("ckv-memory", SIZE_MAX) {}
 
 absl::Status ServiceCore::Start() {
@@ -128,7 +129,14 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
                                          const Completion<WelcomeInfo>& reply) {
     if (absl::Status bad = CheckHello(hello); !bad.ok()) return reply(bad);
     if (draining_) return reply(absl::UnavailableError("the daemon is draining"));
-    const auto live = std::ranges::count_if(sessions_, [](auto& s) { return !s.second->over; });
+    const std::shared_ptr<HostAccount> account = accounts_.Find(hello.grant);
+    if (account == nullptr) {
+      return reply(absl::FailedPreconditionError(
+          fmt::format("grant {} was revoked", GrantText(hello.grant))));
+    }
+    const auto live = std::ranges::count_if(sessions_, [&](auto& s) {
+      return !s.second->over && s.second->hello.grant == hello.grant;
+    });
     if (static_cast<size_t>(live) >= options_.max_sessions) {
       return reply(absl::ResourceExhaustedError(
           fmt::format("{} sessions are open, the most there may be", live)));
@@ -140,7 +148,8 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
     session->sink = sink;
     session->opened = options_.now();
     session->pool = pool_.get();
-    session->memory = std::make_unique<SessionMemory>(*pool_, *session);
+    session->account = account;
+    session->memory = std::make_unique<SessionMemory>(*account, *session);
     session->chunk_addresses = std::make_unique<const std::byte*[]>(kMaxSessionChunks);
     const WelcomeInfo welcome{.protocol_version = kProtocolVersion,
                               .state_layout_version = gpu::kStateLayoutVersion,
@@ -151,6 +160,7 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
     ++counters_.sessions_started;
     LogInfo("session opened", {{"session", welcome.session},
                                {"client", hello.client_name},
+                               {"grant", hello.grant == kNoGrant ? "none" : GrantText(hello.grant)},
                                {"request_id", hello.request_id}});
     PublishStatus();
     reply(welcome);
@@ -237,7 +247,8 @@ absl::StatusOr<Session*> ServiceCore::FindSession(const SessionKey& key, bool at
         fmt::format("boot epoch {} is not this daemon's, {}", key.boot_epoch, options_.boot_epoch));
   }
   const auto token = tokens_.find(key.token);
-  if (token == tokens_.end()) {
+  // One of another grant is as unknown as one that never was.
+  if (token == tokens_.end() || sessions_.at(token->second)->hello.grant != key.grant) {
     return absl::UnauthenticatedError("the session token is not one of a live session");
   }
   Session& session = *sessions_.at(token->second);
@@ -378,6 +389,9 @@ void ServiceCore::PublishStatus() {
   status.ready = status.not_ready_reason.empty();
   status.host = pool_->status();
   status.gpu_used_bytes = gpu_used_bytes_;
+  for (const auto& [grant, account] : accounts_.grants()) {
+    status.grants.push_back({.grant = grant, .host = account->status()});
+  }
   for (const auto& [id, session] : sessions_) {
     status.sequences += session->sequences.size();
     if (session->over) continue;
@@ -390,7 +404,8 @@ void ServiceCore::PublishStatus() {
          .host_bytes = session->memory->lent_bytes(),
          .gpu_bytes = session->gpu_bytes,
          .age_seconds = absl::ToDoubleSeconds(options_.now() - session->opened),
-         .attached = session->was_attached});
+         .attached = session->was_attached,
+         .grant = session->hello.grant});
   }
   std::lock_guard lock(status_mu_);
   status_ = std::move(status);

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "service/grant_id.h"
+
 namespace clusterkv::service {
 
 struct SessionStatus {
@@ -17,6 +19,7 @@ struct SessionStatus {
   uint64_t gpu_bytes = 0;
   double age_seconds = 0;
   bool attached = false;
+  GrantId grant = kNoGrant;
 };
 
 struct HostPoolStatus {
@@ -27,6 +30,11 @@ struct HostPoolStatus {
   uint64_t free_bytes() const {
     return total_bytes - used_bytes - reserved_bytes - quarantined_bytes;
   }
+};
+
+struct GrantStatus {
+  GrantId grant = kNoGrant;
+  HostPoolStatus host;  // the total is its limit
 };
 
 // Cumulative since start, of one fetch mode; never fall. Selected = hit + missed by construction.
@@ -50,6 +58,8 @@ struct DaemonStatus {
   HostPoolStatus host;
   uint64_t gpu_used_bytes = 0;
   std::vector<SessionStatus> sessions;
+  std::vector<GrantStatus> grants;  // by id
+  bool device_plugin_registered = false;
   // Counters.
   CacheCounters direct;
   CacheCounters served;
@@ -62,5 +72,9 @@ struct DaemonStatus {
   uint64_t sessions_ended_lost = 0;  // by a worker's death or a broken stream
   uint64_t rejected_attaches = 0;
 };
+
+// What the workers of a grant may see: its sessions, and its part of the pool as if that were all.
+// Of kNoGrant: everything.
+DaemonStatus StatusOfGrant(DaemonStatus status, GrantId grant);
 
 }  // namespace clusterkv::service

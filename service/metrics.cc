@@ -118,6 +118,14 @@ std::string MetricsText(const DaemonStatus& status) {
                    status.rejected_attaches);
   families.Gauge("clusterkv_sessions", "Open sessions.", status.sessions.size());
   families.Gauge("clusterkv_sequences", "Registered sequences.", status.sequences);
+  families.Gauge("clusterkv_grants", "Grants of the device plugin.", status.grants.size());
+  uint64_t granted = 0;
+  for (const GrantStatus& grant : status.grants) granted += grant.host.total_bytes;
+  families.Gauge("clusterkv_grant_bytes", "Host memory that grants were promised, together.",
+                 granted);
+  families.Gauge("clusterkv_device_plugin_registered",
+                 "1 if the kubelet knows and watches the device plugin.",
+                 status.device_plugin_registered ? 1 : 0);
   families.Seconds("clusterkv_device_age_seconds", "Since the device last answered a probe.",
                    status.device_age_seconds);
   families.Gauge("clusterkv_ready", "1 if the daemon takes new work.", status.ready ? 1 : 0);

@@ -34,6 +34,13 @@ Json CountersJson(const DaemonStatus& status) {
           {"rejected_attaches", status.rejected_attaches}};
 }
 
+Json HostBytes(const HostPoolStatus& host) {
+  return {{"total", host.total_bytes},
+          {"used", host.used_bytes},
+          {"reserved", host.reserved_bytes},
+          {"quarantined", host.quarantined_bytes}};
+}
+
 }  // namespace
 
 std::string StatusJson(const DaemonStatus& status, const std::vector<RecentError>& recent_errors) {
@@ -47,7 +54,12 @@ std::string StatusJson(const DaemonStatus& status, const std::vector<RecentError
                     {"host_bytes", session.host_bytes},
                     {"gpu_bytes", session.gpu_bytes},
                     {"age_seconds", session.age_seconds},
-                    {"attached", session.attached}});
+                    {"attached", session.attached},
+                    {"grant", session.grant == kNoGrant ? "" : GrantText(session.grant)}});
+  }
+  Json grants = Json::array();
+  for (const GrantStatus& grant : status.grants) {
+    grants.push_back({{"grant", GrantText(grant.grant)}, {"host_bytes", HostBytes(grant.host)}});
   }
   Json errors = Json::array();
   for (const RecentError& error : recent_errors) {
@@ -65,13 +77,10 @@ std::string StatusJson(const DaemonStatus& status, const std::vector<RecentError
                   {"uptime_seconds", status.uptime_seconds},
                   {"sessions", status.sessions.size()},
                   {"sequences", status.sequences},
-                  {"host_bytes",
-                   {{"total", status.host.total_bytes},
-                    {"used", status.host.used_bytes},
-                    {"reserved", status.host.reserved_bytes},
-                    {"quarantined", status.host.quarantined_bytes}}},
+                  {"host_bytes", HostBytes(status.host)},
                   {"gpu_bytes", {{"used", status.gpu_used_bytes}}},
                   {"session_list", list},
+                  {"grant_list", grants},
                   {"device_age_seconds", status.device_age_seconds},
                   {"counters", CountersJson(status)},
                   {"recent_errors", errors}};

@@ -1,6 +1,8 @@
 // A named thread that runs tasks in order.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
@@ -16,7 +18,10 @@ class TaskQueue {
  public:
   using Task = std::function<void()>;
 
-  TaskQueue(const std::string& name, size_t capacity);
+  // poll: how long the thread looks for its next task before it sleeps. A sleeper takes tens of
+  // microseconds to wake, a poller takes a core.
+  TaskQueue(const std::string& name, size_t capacity,
+            std::chrono::microseconds poll = std::chrono::microseconds(0));
   ~TaskQueue();
 
   // False, and nothing is kept, if the queue is full or stopped: for work that comes from outside.
@@ -33,12 +38,16 @@ class TaskQueue {
 
  private:
   void Run();
+  // Until there is a task, the queue stops, or the time to poll is over.
+  void Poll() const;
 
   const size_t capacity_;
+  const std::chrono::microseconds poll_;
   mutable std::mutex mu_;
-  std::condition_variable wake_;  // with mu_
-  std::deque<Task> tasks_;        // guarded by mu_
-  bool stopping_ = false;         // guarded by mu_
+  std::condition_variable wake_;    // with mu_
+  std::deque<Task> tasks_;          // guarded by mu_
+  bool stopping_ = false;           // guarded by mu_
+  std::atomic<bool> news_ = false;  // tasks_ or stopping_ may have changed since the thread looked
   std::thread thread_;
 };
 

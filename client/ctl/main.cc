@@ -10,6 +10,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "client/address.h"
 #include "client/connection.h"
 #include "client/ctl/doctor/doctor.h"
 #include "client/ctl/report.h"
@@ -24,7 +25,7 @@ constexpr int kCheckFailed = 1;
 constexpr int kUsage = 2;
 
 struct Options {
-  std::string address = "unix:/run/clusterkv/clusterkvd.sock";
+  std::string address = DefaultAddress();
   std::string format = "table";
   double timeout_seconds = 5;
   uint32_t ping_count = 10;
@@ -125,8 +126,8 @@ int Run(const std::string& command, const Options& options) {
 
 void Declare(CLI::App& app, Options& options) {
   app.set_version_flag("--version", CLUSTERKV_VERSION);
-  app.add_option("--address", options.address, "unix:PATH or HOST:PORT of the daemon")
-      ->envname("CLUSTERKV_ADDRESS")
+  app.add_option("--address", options.address,
+                 "unix:PATH or HOST:PORT of the daemon; by default $CLUSTERKV_ADDRESS")
       ->capture_default_str();
   app.add_option("--format", options.format, "what to print")
       ->check(CLI::IsMember({"table", "json"}))

@@ -24,11 +24,11 @@ Json SessionInfoJson(const v1::SessionInfo& session) {
           {"host_bytes", session.host_bytes()},
           {"gpu_bytes", session.gpu_bytes()},
           {"age_seconds", session.age_seconds()},
-          {"attached", session.attached()}};
+          {"attached", session.attached()},
+          {"grant", session.grant()}};
 }
 
-Json HostBytesJson(const v1::GetStatusReply& status) {
-  const v1::HostBytes& host = status.host_bytes();
+Json HostBytesJson(const v1::HostBytes& host) {
   return {{"total", host.total()},
           {"used", host.used()},
           {"reserved", host.reserved()},

@@ -25,8 +25,7 @@ class Call : public grpc::ServerUnaryReactor {
     End(request_id_.status());
     return false;
   }
-  SessionKey Key(const v1::SessionRef& session) const {
-    SessionKey key = FromProto(session);
+  SessionKey Named(SessionKey key) const {
     key.request_id = *request_id_;
     return key;
   }
@@ -69,8 +68,9 @@ class WaitCall : public Call {
   WaitCall(grpc::CallbackServerContext& context, ServiceCore& core)
       : Call(context, "WaitPublished"), core_(core) {}
 
-  void Start(const v1::WaitPublishedRequest& request, v1::WaitPublishedReply& reply) {
-    waiter_ = core_.WaitPublished(Key(request.session()), request.sequence_id(), request.length(),
+  void Start(SessionKey key, const v1::WaitPublishedRequest& request,
+             v1::WaitPublishedReply& reply) {
+    waiter_ = core_.WaitPublished(std::move(key), request.sequence_id(), request.length(),
                                   [this, &reply](const absl::StatusOr<PublishedInfo>& info) {
                                     if (info.ok()) {
                                       reply.set_published_segments(info->segments);
@@ -90,7 +90,13 @@ class WaitCall : public Call {
 
 grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>* ClusterKvService::Session(
     grpc::CallbackServerContext* context) {
-  return new SessionReactor(core_, *context, attach_path_);
+  return new SessionReactor(core_, *context, attach_path_, grant_);
+}
+
+SessionKey ClusterKvService::KeyOf(const v1::SessionRef& session) const {
+  SessionKey key = FromProto(session);
+  key.grant = grant_;
+  return key;
 }
 
 grpc::ServerUnaryReactor* ClusterKvService::AllocateArena(grpc::CallbackServerContext* context,
@@ -99,7 +105,7 @@ grpc::ServerUnaryReactor* ClusterKvService::AllocateArena(grpc::CallbackServerCo
   auto* call = new CoreCall(*context, "AllocateArena");
   if (!call->Admitted()) return call;
   reply->set_boot_epoch(core_.boot_epoch());
-  core_.AllocateArena(call->Key(request->session()), request->bytes(),
+  core_.AllocateArena(call->Named(KeyOf(request->session())), request->bytes(),
                       call->Complete<ArenaInfo>([reply](const ArenaInfo& info) {
                         reply->set_arena_id(info.arena);
                         reply->set_bytes(info.bytes);
@@ -118,7 +124,7 @@ grpc::ServerUnaryReactor* ClusterKvService::RegisterSequence(
     call->End(converted.status());
     return call;
   }
-  core_.RegisterSequence(call->Key(request->session()), *converted,
+  core_.RegisterSequence(call->Named(KeyOf(request->session())), *converted,
                          call->Complete<RegisterReply>([reply](const RegisterReply& registered) {
                            reply->set_sequence_id(registered.sequence);
                            reply->set_state_arena_id(registered.state_arena);
@@ -135,7 +141,7 @@ grpc::ServerUnaryReactor* ClusterKvService::IngestTokens(grpc::CallbackServerCon
   if (!call->Admitted()) return call;
   reply->set_boot_epoch(core_.boot_epoch());
   core_.IngestTokens(
-      call->Key(request->session()), FromProto(*request),
+      call->Named(KeyOf(request->session())), FromProto(*request),
       call->Complete<uint32_t>([reply](uint32_t tokens) { reply->set_ingested_tokens(tokens); }));
   return call;
 }
@@ -146,7 +152,7 @@ grpc::ServerUnaryReactor* ClusterKvService::WaitPublished(grpc::CallbackServerCo
   auto* call = new WaitCall(*context, core_);
   if (!call->Admitted()) return call;
   reply->set_boot_epoch(core_.boot_epoch());
-  call->Start(*request, *reply);
+  call->Start(call->Named(KeyOf(request->session())), *request, *reply);
   return call;
 }
 
@@ -162,7 +168,7 @@ grpc::ServerUnaryReactor* ClusterKvService::FetchClusters(grpc::CallbackServerCo
     return call;
   }
   core_.FetchClusters(
-      call->Key(request->session()), *std::move(converted),
+      call->Named(KeyOf(request->session())), *std::move(converted),
       call->Complete<std::vector<FetchResult>>([reply](std::vector<FetchResult> results) {
         for (FetchResult& result : results) {
           ToProto(std::move(result), *reply->add_results());
@@ -177,7 +183,7 @@ grpc::ServerUnaryReactor* ClusterKvService::ReleaseSequence(
   auto* call = new CoreCall(*context, "ReleaseSequence");
   if (!call->Admitted()) return call;
   reply->set_boot_epoch(core_.boot_epoch());
-  core_.ReleaseSequence(call->Key(request->session()), request->sequence_id(),
+  core_.ReleaseSequence(call->Named(KeyOf(request->session())), request->sequence_id(),
                         call->Complete<bool>([](bool) {}));
   return call;
 }
@@ -189,13 +195,13 @@ grpc::ServerUnaryReactor* ClusterKvService::ListSequences(grpc::CallbackServerCo
   if (!call->Admitted()) return call;
   reply->set_boot_epoch(core_.boot_epoch());
   std::optional<SessionKey> key;
-  if (request->has_session()) key = call->Key(request->session());
-  core_.ListSequences(std::move(key), call->Complete<std::vector<SequenceStatus>>(
-                                          [reply](const std::vector<SequenceStatus>& list) {
-                                            for (const SequenceStatus& status : list) {
-                                              ToProto(status, *reply->add_sequences());
-                                            }
-                                          }));
+  if (request->has_session()) key = call->Named(KeyOf(request->session()));
+  core_.ListSequences(
+      std::move(key),
+      call->Complete<std::vector<SequenceStatus>>([reply](const std::vector<SequenceStatus>& list) {
+        for (const SequenceStatus& status : list) ToProto(status, *reply->add_sequences());
+      }),
+      grant_);
   return call;
 }
 
@@ -204,8 +210,9 @@ grpc::ServerUnaryReactor* ClusterKvService::GetStatus(grpc::CallbackServerContex
                                                       v1::GetStatusReply* reply) {
   auto* call = new CoreCall(*context, "GetStatus");
   if (!call->Admitted()) return call;
-  ToProto(core_.status(), *reply);
-  if (request->want_recent_errors()) {
+  ToProto(StatusOfGrant(core_.status(), grant_), *reply);
+  // They tell of everyone.
+  if (request->want_recent_errors() && grant_ == kNoGrant) {
     for (const RecentError& error : DaemonErrors().List()) {
       ToProto(error, *reply->add_recent_errors());
     }

@@ -1,4 +1,4 @@
-// The gRPC server: binding, health, reflection, shutdown.
+// A gRPC server of the ClusterKv service: binding, health, reflection, shutdown.
 #pragma once
 
 #include <memory>
@@ -6,19 +6,28 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "service/grant_id.h"
 
 namespace clusterkv::service {
 
 class ServiceCore;
 
+struct GrpcServerOptions {
+  // unix:PATH, or HOST:PORT; port 0 picks one.
+  std::string listen;
+  std::string attach_path;  // told to workers
+  // Whose workers come here. The daemon's own socket is made with mode 0660, locked against a
+  // second daemon, and has reflection. A grant's has mode 0666: the folder that it lies in is the
+  // right to use it, which the caller sees to, also that no other daemon takes it.
+  GrantId grant = kNoGrant;
+};
+
 // Thread-safe.
 class GrpcServer {
  public:
-  // `listen` is unix:PATH (made with mode 0660) or HOST:PORT; port 0 picks one. The core must
-  // outlive it. Errors: FAILED_PRECONDITION (another daemon serves the address; it is not
-  // disturbed), UNAVAILABLE (cannot bind).
-  static absl::StatusOr<std::unique_ptr<GrpcServer>> Create(const std::string& listen,
-                                                            const std::string& attach_path,
+  // The core must outlive it. Errors: FAILED_PRECONDITION (another daemon serves the address; it is
+  // not disturbed), UNAVAILABLE (cannot bind).
+  static absl::StatusOr<std::unique_ptr<GrpcServer>> Create(const GrpcServerOptions& options,
                                                             ServiceCore& core);
   virtual ~GrpcServer() = default;
 

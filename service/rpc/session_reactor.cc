@@ -74,11 +74,12 @@ class SessionReactor::Sink : public SessionSink {
 };
 
 SessionReactor::SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context,
-                               std::string attach_path)
+                               std::string attach_path, GrantId grant)
     : core_(core),
       context_(context),
       attach_path_(std::move(attach_path)),
       request_id_(RequestId(context)),
+      grant_(grant),
       sink_(std::make_shared<Sink>(*this, core)) {
   if (request_id_.ok()) {
     StartRead(&request_);
@@ -117,6 +118,7 @@ void SessionReactor::OnReadDone(bool ok) {
   greeted_ = true;
   HelloInfo hello = FromProto(request_.hello());
   hello.request_id = *request_id_;
+  hello.grant = grant_;
   core_.OpenSession(std::move(hello), sink_, [sink = sink_](absl::StatusOr<WelcomeInfo> welcome) {
     sink->Welcomed(std::move(welcome));
   });

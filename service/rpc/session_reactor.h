@@ -15,7 +15,8 @@ namespace clusterkv::service {
 
 class SessionReactor : public grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent> {
  public:
-  SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context, std::string attach_path);
+  SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context, std::string attach_path,
+                 GrantId grant);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -34,6 +35,7 @@ class SessionReactor : public grpc::ServerBidiReactor<v1::SessionRequest, v1::Se
   grpc::CallbackServerContext& context_;
   const std::string attach_path_;
   const absl::StatusOr<std::string> request_id_;
+  const GrantId grant_;
   v1::SessionRequest request_;
   bool greeted_ = false;  // reads come one after another
 

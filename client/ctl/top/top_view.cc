@@ -209,7 +209,7 @@ std::string TopJson(const TopTick& tick) {
                  {"device_age_seconds", status.device_age_seconds()},
                  {"rates", RatesJson(tick.rates)},
                  {"counters", CountersJson(status)},
-                 {"host_bytes", HostBytesJson(status)},
+                 {"host_bytes", HostBytesJson(status.host_bytes())},
                  {"gpu_bytes", {{"used", status.gpu_bytes_used()}}},
                  {"sessions", status.sessions()},
                  {"sequences", status.sequences()},
