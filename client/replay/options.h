@@ -33,7 +33,7 @@ struct ReplayOptions {
   uint32_t workers = 1;
   uint32_t steps = 0;  // 0: all of the trace
   uint64_t seed = 0;
-  uint32_t repeat = 1;       // 0: until a signal
+  uint32_t repeat = 1;  // 0: until a signal
   // Further sizes of the cluster cache, distinct: at each one only the hits are measured. A budget
   // that needs more than a size is left out there.
   std::vector<uint32_t> cache_sweep;
