@@ -8,6 +8,7 @@
 
 #include "gpu/host/kmeans_tiles.h"
 #include "gpu/host/simd.h"
+#include "gpu/kmeans_seed.h"
 #include "hwy/aligned_allocator.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -31,20 +32,6 @@ constexpr size_t kClustersPerTask = 16;
 constexpr float kReseedBelow = 1.0f - 1e-5f;
 
 constexpr uint32_t kNoLabel = std::numeric_limits<uint32_t>::max();
-
-class SplitMix64 {
- public:
-  explicit SplitMix64(uint64_t seed) : state_(seed) {}
-  uint64_t Next() {
-    uint64_t z = (state_ += 0x9E3779B97F4A7C15u);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-  }
-
- private:
-  uint64_t state_;
-};
 
 // A range of tiles or clusters of one problem.
 struct Task {
@@ -273,14 +260,16 @@ void Batch::Pack(Clustering& c, size_t first_tile, size_t end_tile) const {
   }
 }
 
-// Distinct keys: the first k steps of a Fisher-Yates shuffle.
 void Batch::Seed(Clustering& c) const {
-  SplitMix64 random(c.problem->seed);
-  const size_t tokens = c.problem->tokens;
-  std::iota(c.members.begin(), c.members.end(), 0u);
-  for (size_t k = 0; k < c.clusters; ++k) {
-    std::swap(c.members[k], c.members[k + random.Next() % (tokens - k)]);
-    SetCentroid(c, k, Unit(c, c.members[k]), width_);
+  for (uint32_t k = 0; k < c.clusters; ++k) {
+    const SeedRange range =
+        RangeOfSeed(c.problem->seed, k, static_cast<uint32_t>(c.clusters), c.problem->tokens);
+    uint32_t token = 0;
+    for (uint32_t i = 0; i < std::min(range.size, kSeedAttempts); ++i) {
+      token = range.begin + (range.start + i) % range.size;
+      if (c.inverse_norms[token] != 0.0f) break;
+    }
+    SetCentroid(c, k, Unit(c, token), width_);
   }
 }
 

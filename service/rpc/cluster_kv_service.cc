@@ -225,9 +225,8 @@ grpc::ServerUnaryReactor* ClusterKvService::GetStatus(grpc::CallbackServerContex
   auto* call = new CoreCall(counters_, *context, grant_, "GetStatus");
   if (!call->Admitted()) return call;
   ToProto(StatusOfGrant(core_.status(), grant_), *reply);
-  if (grant_ != kNoGrant) {
-    reply->clear_counters();  // of all, as is the log
-  } else if (request->want_recent_errors()) {
+  // They tell of everyone.
+  if (request->want_recent_errors() && grant_ == kNoGrant) {
     for (const RecentError& error : DaemonErrors().List()) {
       ToProto(error, *reply->add_recent_errors());
     }

@@ -11,6 +11,7 @@
 
 #include "gmock/gmock.h"
 #include "gpu/host/simd.h"
+#include "gpu/kmeans_seed.h"
 #include "gpu/segment_plan.h"
 #include "gtest/gtest.h"
 #include "hwy/targets.h"
@@ -194,19 +195,15 @@ std::pair<double, uint32_t> BestDirection(const double* unit, const std::vector<
   return best;
 }
 
-// The first k of a Fisher-Yates shuffle by splitmix64: from the same start, local optima are
-// comparable.
+// From the same start, local optima are comparable.
 std::vector<uint32_t> SeedTokens(size_t tokens, size_t k, uint64_t seed) {
-  std::vector<uint32_t> shuffled(tokens);
-  std::iota(shuffled.begin(), shuffled.end(), 0u);
-  for (size_t c = 0; c < k; ++c) {
-    seed += 0x9E3779B97F4A7C15u;
-    uint64_t z = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    std::swap(shuffled[c], shuffled[c + (z ^ (z >> 31)) % (tokens - c)]);
+  std::vector<uint32_t> chosen;
+  for (uint32_t c = 0; c < k; ++c) {
+    const SeedRange range =
+        RangeOfSeed(seed, c, static_cast<uint32_t>(k), static_cast<uint32_t>(tokens));
+    chosen.push_back(range.begin + range.start);
   }
-  shuffled.resize(k);
-  return shuffled;
+  return chosen;
 }
 
 // Plain Lloyd; returns its mean cosine.

@@ -5,13 +5,12 @@
 #include "gpu/cuda/kernels/kmeans_batch.cuh"
 #include "gpu/cuda/kernels/kmeans_centroid.cuh"
 #include "gpu/cuda/kernels/kmeans_element.cuh"
-#include "gpu/cuda/kernels/kmeans_seed.h"
+#include "gpu/kmeans_seed.h"
 
 namespace clusterkv::gpu::cuda::kmeans {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr uint32_t kSeedAttempts = 16;
 
 // How a block of kThreads holds rows of kDim elements.
 template <int kDim>

@@ -10,7 +10,7 @@
 #include "gpu/cuda/kernels/kmeans_batch.cuh"
 #include "gpu/cuda/kernels/kmeans_block.cuh"
 #include "gpu/cuda/kernels/kmeans_centroid.cuh"
-#include "gpu/cuda/kernels/kmeans_seed.h"
+#include "gpu/kmeans_seed.h"
 
 namespace clusterkv::gpu::cuda::kmeans {
 
@@ -29,7 +29,7 @@ __device__ inline uint32_t DrawBadToken(const Batch& batch, const Problem& probl
     const uint64_t at = problem.first_token + token;
     const float cosine = batch.scores[at] * batch.inverse_norms[at];
     if (!(cosine < kReseedBelow) || batch.inverse_norms[at] == 0.0f) continue;
-    const uint64_t bits = Mix(problem.seed ^ (uint64_t{token} + 1) * 0x9E3779B97F4A7C15u);
+    const uint64_t bits = MixBits(problem.seed ^ (uint64_t{token} + 1) * 0x9E3779B97F4A7C15u);
     const float uniform = (static_cast<float>(bits >> 41) + 0.5f) * 0x1p-23f;
     const float priority = (1.0f - cosine) / -logf(uniform);
     if (!(priority > most)) continue;

@@ -32,7 +32,7 @@
 #include <vector>
 
 #include "gpu/cuda/kernels/kmeans.h"
-#include "gpu/cuda/kernels/kmeans_seed.h"
+#include "gpu/kmeans_seed.h"
 
 namespace clusterkv::gpu::cuda {
 namespace {
@@ -57,7 +57,7 @@ struct Case {
 };
 
 __device__ float Uniform(uint64_t seed, uint64_t i) {
-  return (static_cast<float>(kmeans::Mix(seed + i * 0x9E3779B97F4A7C15u) >> 40) + 0.5f) *
+  return (static_cast<float>(MixBits(seed + i * 0x9E3779B97F4A7C15u) >> 40) + 0.5f) *
          (1.0f / 16777216.0f);
 }
 
@@ -76,7 +76,7 @@ __device__ float Element(Data data, uint64_t seed, uint32_t tokens, uint32_t t, 
   if (i >= head_dim || data == Data::kNormal) return noise;
   if (data == Data::kFewDistinct) return Normal(seed + 1, uint64_t{t} * 7919 % 40 * 512 + i);
   const uint32_t topics = tokens / 48 + 1;
-  const uint64_t topic = kmeans::Mix(seed + 3 + t / 12) % topics;
+  const uint64_t topic = MixBits(seed + 3 + t / 12) % topics;
   float x = Normal(seed + 5, topic * 512 + i) + 0.7f * noise;
   x += Normal(seed + 7, i) * (i % 37 == 5 ? 6.0f : 0.4f);
   if (data == Data::kHostile) {
@@ -156,7 +156,7 @@ class Run {
       problem.rows = rows_ + row_at;
       problem.tokens = tokens;
       problem.clusters = clusters;
-      problem.seed = kmeans::Mix(seed + p);
+      problem.seed = MixBits(seed + p);
       const auto take = [&](size_t bytes) {
         unsigned char* pointer = results_ + at;
         at += (bytes + 31) / 16 * 16;  // poison between: at least 16 bytes
@@ -167,7 +167,7 @@ class Run {
       problem.centroids = take(pieces * test.head_dim * 2);
       problem.value_means = take(pieces * test.head_dim * 2);
       problem.count = reinterpret_cast<uint32_t*>(take(4));
-      GenerateKernel<<<256, 256>>>(rows_ + row_at, test.bf16, test.data, kmeans::Mix(seed + 99 + p),
+      GenerateKernel<<<256, 256>>>(rows_ + row_at, test.bf16, test.data, MixBits(seed + 99 + p),
                                    tokens, test.head_dim);
       row_at += size_t{tokens} * test.head_dim * 4;
       problems_.push_back(problem);
@@ -322,7 +322,7 @@ double ReferenceObjective(const Answer& a) {
   const uint32_t d = a.test->head_dim;
   std::vector<float> directions(size_t{a.clusters} * d);
   for (uint32_t c = 0; c < a.clusters; ++c) {
-    const auto range = kmeans::RangeOfSeed(a.seed, c, a.clusters, a.tokens);
+    const auto range = RangeOfSeed(a.seed, c, a.clusters, a.tokens);
     std::copy_n(&a.units[size_t{range.begin + range.start} * d], d, &directions[size_t{c} * d]);
   }
   std::vector<uint32_t> labels(a.tokens, a.clusters);
@@ -430,7 +430,7 @@ class Checker {
     std::vector<uint32_t> home(a_.clusters);
     std::vector<uint32_t> seed_of(a_.sizes.size(), UINT32_MAX);
     for (uint32_t c = 0; c < a_.clusters; ++c) {
-      const auto range = kmeans::RangeOfSeed(a_.seed, c, a_.clusters, a_.tokens);
+      const auto range = RangeOfSeed(a_.seed, c, a_.clusters, a_.tokens);
       const uint32_t t = range.begin + range.start;
       std::copy_n(&a_.units[size_t{t} * d_], d_, &seeds[size_t{c} * d_]);
       if (seed_of[labels_[t]] != UINT32_MAX) return "two seeds in one cluster";
