@@ -189,7 +189,6 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                            }}));
   const auto tick = [&] {
     core->Tick();
-    admin->Sample();
     if (plugin != nullptr) plugin->Tick();
     admin->Sample();
   };
