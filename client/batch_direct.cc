@@ -100,15 +100,11 @@ absl::Status DirectBatch::Append(uint32_t layer, const gpu::KvSource& source) {
 absl::Status DirectBatch::Attend(uint32_t layer, const gpu::QuerySource& queries,
                                  const gpu::AttentionTarget& target) {
   CKV_RETURN_IF_ERROR(step_.CheckAttend(layer, queries, target));
-  CKV_RETURN_IF_ERROR(ops().Select(*stream_, slots_, layer, queries, step_.budget_tokens()));
-  CKV_RETURN_IF_ERROR(ops().Fetch(*stream_, slots_, layer));
-  if (audit_ == nullptr || !audit_->wants(layer)) {
-    CKV_RETURN_IF_ERROR(ops().Attend(*stream_, slots_, layer, queries, target));
-  } else {
-    const gpu::AttentionTarget with_lse = audit_->WithLse(target);
-    CKV_RETURN_IF_ERROR(ops().Attend(*stream_, slots_, layer, queries, with_lse));
-    CKV_RETURN_IF_ERROR(SubmitAudit(queries, with_lse));
-  }
+  const bool audited = audit_ != nullptr && audit_->wants(layer);
+  const gpu::AttentionTarget left = audited ? audit_->WithLse(target) : target;
+  CKV_RETURN_IF_ERROR(
+      ops().DecodeLayer(*stream_, slots_, layer, queries, step_.budget_tokens(), left));
+  if (audited) CKV_RETURN_IF_ERROR(SubmitAudit(queries, left));
   step_.Attended();
   return absl::OkStatus();
 }

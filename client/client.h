@@ -40,8 +40,10 @@ namespace clusterkv::client {
 enum class FetchMode { kDirect, kServed };
 
 struct ClientOptions {
-  std::string address = "unix:/run/clusterkv/clusterkvd.sock";  // or 127.0.0.1:PORT
-  std::string name = {};                                        // for logs and listings
+  // unix:PATH or 127.0.0.1:PORT; empty: $CLUSTERKV_ADDRESS, which a container with a grant has, or
+  // else unix:/run/clusterkv/clusterkvd.sock.
+  std::string address = {};
+  std::string name = {};  // for logs and listings
   // Of the ingest ring: at least 2 tokens of one layer, for direct sequences of all layers.
   uint64_t ring_bytes = 64ull << 20;
   absl::Duration rpc_timeout = absl::Seconds(30);

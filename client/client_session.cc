@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/address.h"
 #include "client/grpc_status.h"
 #include "gpu/state_layout.h"
 #include "gpu/status_macros.h"
@@ -71,7 +72,8 @@ ClientSession::~ClientSession() { Close(); }
 
 absl::Status ClientSession::OpenParts() {
   const Deadline deadline = RpcDeadline();
-  CKV_ASSIGN_OR_RETURN(connection_, Connection::Create(options_.address));
+  const std::string address = options_.address.empty() ? DefaultAddress() : options_.address;
+  CKV_ASSIGN_OR_RETURN(connection_, Connection::Create(address));
   v1::Hello hello;
   hello.set_protocol_version_min(kProtocolVersion);
   hello.set_protocol_version_max(kProtocolVersion);
@@ -90,7 +92,7 @@ absl::Status ClientSession::OpenParts() {
                                                    .device = welcome.device(),
                                                    .threads = options_.device_threads}));
   CKV_ASSIGN_OR_RETURN(copy_stream_, device_->CreateStream("ckv-copy"));
-  AttachOptions attach_options{.path = welcome.attach_path(),
+  AttachOptions attach_options{.path = ResolveAttachPath(address, welcome.attach_path()),
                                .session_token = welcome.session_token(),
                                .boot_epoch = reference_.boot_epoch(),
                                .device = device_.get(),

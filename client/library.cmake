@@ -1,5 +1,6 @@
 # The C++ client library. gRPC is known to connection.cc and grpc_status.cc only.
 add_library(clusterkv_client STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/address.cc
   ${CMAKE_CURRENT_LIST_DIR}/attach_client.cc
   ${CMAKE_CURRENT_LIST_DIR}/attach_socket.cc
   ${CMAKE_CURRENT_LIST_DIR}/audit_helper.cc

@@ -8,11 +8,11 @@ if(CLUSTERKV_CUDA AND CLUSTERKV_BUILD_TESTS)
 endif()
 # As installed, so also as bundled: CMake would pad the build's own with an empty element, which to the
 # loader is the current directory.
-set_target_properties(clusterkvd clusterkvctl clusterkv-replay clusterkv-bench clusterkv_c
-                      PROPERTIES BUILD_WITH_INSTALL_RPATH ON)
+set(CLUSTERKV_BUNDLE_TARGETS
+  clusterkvd clusterkvctl clusterkv-replay clusterkv-bench clusterkv-size clusterkv_c)
+set_target_properties(${CLUSTERKV_BUNDLE_TARGETS} PROPERTIES BUILD_WITH_INSTALL_RPATH ON)
 add_custom_target(bundle
   COMMAND ${PROJECT_SOURCE_DIR}/deploy/bundle.sh ${CMAKE_BINARY_DIR} ${CMAKE_BINARY_DIR}/bundle
           ${CLUSTERKV_BUNDLE_TESTS}
   VERBATIM)
-add_dependencies(bundle clusterkvd clusterkvctl clusterkv-replay clusterkv-bench clusterkv_c
-                 ${CLUSTERKV_BUNDLE_TESTS})
+add_dependencies(bundle ${CLUSTERKV_BUNDLE_TARGETS} ${CLUSTERKV_BUNDLE_TESTS})

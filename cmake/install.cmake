@@ -6,7 +6,8 @@ set(CLUSTERKV_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/clusterkv)
 # Ours lie below one directory of their own, so that `client/client.h` can clash with nobody's.
 set(CLUSTERKV_INCLUDE_DIR ${CMAKE_INSTALL_INCLUDEDIR}/clusterkv)
 
-install(TARGETS clusterkvd clusterkvctl clusterkv-replay clusterkv-bench RUNTIME)
+install(TARGETS clusterkvd clusterkvctl clusterkv-replay clusterkv-bench clusterkv-size
+        RUNTIME)
 install(TARGETS clusterkv_client clusterkv_gpu clusterkv_proto
         EXPORT clusterkvTargets ARCHIVE)
 if(CLUSTERKV_CUDA)

@@ -19,7 +19,9 @@ packages=(
   # The presets configure the tests too.
   libgtest-dev libgmock-dev
 )
-test_packages=(git clang-format clang-tidy python3 python3-venv)
+test_packages=(git clang-format clang-tidy python3 python3-venv iproute2 strace systemd)
+# Another kubectl serves as well, and Debian's package clashes with it.
+command -v kubectl >/dev/null || test_packages+=(kubernetes-client)
 # Unpacked into build/tools, not installed: they would bring a service that starts with the machine.
 unpacked_packages=(prometheus)
 

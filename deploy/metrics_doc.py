@@ -18,7 +18,8 @@ SECTIONS = [
     ("Audit of decode steps", ("clusterkv_audit_",)),
     ("Ingest", ("clusterkv_ingest",)),
     ("Clustering", ("clusterkv_cluster", "clusterkv_publish", "clusterkv_pending")),
-    ("Memory", ("clusterkv_host_pool_", "clusterkv_gpu_")),
+    ("Memory", ("clusterkv_host_pool_", "clusterkv_gpu_", "clusterkv_grant",
+                "clusterkv_device_plugin")),
     ("Sessions, sequences, limits", ("clusterkv_session", "clusterkv_sequence", "clusterkv_reject",
                                      "clusterkv_refused", "clusterkv_waiting")),
     ("Calls", ("grpc_server_",)),
@@ -36,7 +37,7 @@ LABELS = {
     "phase": "of a served fetch: `queue`, `prepare`, `gather`, `attend`, `finish`",
     "direction": "`d2h`, `h2d`",
     "reason": "why a session ended: `closed`, `connection_lost`, `worker_died`, `attach_timeout`, "
-              "`protocol_error`, `daemon_stopped`",
+              "`protocol_error`, `daemon_stopped`, `grant_revoked`",
     "limit": "`sessions`, `sequences`, `arenas`, `host_memory`, `gpu_memory`, `ring_credits`, "
              "`waiters`",
     "thread": "`core`, `stage`, `cluster`, `serve`, `memory`, `audit`",

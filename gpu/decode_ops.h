@@ -83,6 +83,11 @@ class DecodeOps {
   // Exact softmax attention over sinks + slot table + window (and the estimate, if asked for).
   virtual absl::Status Attend(Stream& stream, Batch batch, uint32_t layer,
                               const QuerySource& queries, const AttentionTarget& target) = 0;
+  // Select, Fetch and Attend, in as few launches as the backend can, with the same outcome but for the
+  // slot table, which they need not leave.
+  virtual absl::Status DecodeLayer(Stream& stream, Batch batch, uint32_t layer,
+                                   const QuerySource& queries, uint32_t budget_tokens,
+                                   const AttentionTarget& target) = 0;
   // Writes each slot's StepError bits to errors[i] and clears them. In host memory; to be captured
   // in a graph it must be pinned.
   virtual absl::Status EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) = 0;

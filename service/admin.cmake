@@ -2,7 +2,10 @@
 add_library(clusterkv_admin STATIC
   ${CMAKE_CURRENT_LIST_DIR}/admin_server.cc
   ${CMAKE_CURRENT_LIST_DIR}/config.cc
+  ${CMAKE_CURRENT_LIST_DIR}/config_help.cc
   ${CMAKE_CURRENT_LIST_DIR}/config_keys.cc
+  ${CMAKE_CURRENT_LIST_DIR}/daemon_status.cc
+  ${CMAKE_CURRENT_LIST_DIR}/grant_id.cc
   ${CMAKE_CURRENT_LIST_DIR}/logging.cc
   ${CMAKE_CURRENT_LIST_DIR}/metric_families.cc
   ${CMAKE_CURRENT_LIST_DIR}/metrics.cc

@@ -86,7 +86,8 @@ class AdminServerImpl : public AdminServer {
           fmt::format("admin-listen: '{}' is not HOST:PORT", options_.listen));
     }
     const std::string host = options_.listen.substr(0, colon);
-    const std::string plain = host == "[::1]" ? "::1" : host;
+    const bool brackets = host.starts_with('[') && host.ends_with(']');
+    const std::string plain = brackets ? host.substr(1, host.size() - 2) : host;
     port_ = port;
     if (port == 0) {
       port_ = server_.bind_to_any_port(plain);

@@ -4,15 +4,12 @@
 #include <fmt/format.h>
 #include <pthread.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <atomic>
+#include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <deque>
-#include <functional>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -24,6 +21,7 @@
 #include "gpu/unique_fd.h"
 #include "service/core.h"
 #include "service/logging.h"
+#include "service/mailbox.h"
 #include "service/packet_socket.h"
 #include "service/socket_lock.h"
 
@@ -37,39 +35,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr size_t kMaxOutgoing = 131072;
 constexpr int kTickMilliseconds = 1000;
-
-// Work for the server's thread from other threads.
-class Mailbox {
- public:
-  Mailbox() : wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
-
-  void Post(std::function<void()> task) {
-    {
-      std::lock_guard lock(mu_);
-      tasks_.push_back(std::move(task));
-    }
-    const uint64_t one = 1;
-    (void)!write(wake_.get(), &one, sizeof(one));  // full means that it is awake anyway
-  }
-
-  void RunAll() {
-    uint64_t count = 0;
-    (void)!read(wake_.get(), &count, sizeof(count));
-    std::deque<std::function<void()>> tasks;
-    {
-      std::lock_guard lock(mu_);
-      tasks.swap(tasks_);
-    }
-    for (auto& task : tasks) task();
-  }
-
-  int fd() const { return wake_.get(); }
-
- private:
-  gpu::UniqueFd wake_;
-  std::mutex mu_;
-  std::deque<std::function<void()>> tasks_;  // guarded by mu_
-};
+constexpr mode_t kOwnSocketMode = 0660;
+constexpr mode_t kGrantSocketMode = 0666;
 
 struct Outgoing {
   std::string bytes;
@@ -85,9 +52,15 @@ struct Peer {
   PeerCredentials credentials;
   Clock::time_point deadline;  // for the hello
   enum class State { kNew, kAttaching, kAttached, kOver } state = State::kNew;
+  GrantId grant = kNoGrant;
   SessionId session = 0;
   bool goodbye = false;
   std::deque<Outgoing> outgoing;
+};
+
+struct Listener {
+  GrantId grant = kNoGrant;
+  gpu::UniqueFd socket;
 };
 
 class AttachServerImpl : public AttachServer {
@@ -97,10 +70,10 @@ class AttachServerImpl : public AttachServer {
       : options_(options),
         core_(core),
         lock_(std::move(lock)),
-        listener_(std::move(listener)),
         epoll_(epoll_create1(EPOLL_CLOEXEC)),
-        mailbox_(std::make_shared<Mailbox>()) {
-    Watch(listener_.get(), kListener, EPOLLIN);
+        mailbox_(std::make_shared<Mailbox>()),
+        paths_{{kNoGrant, options.path}} {
+    AddListener(kNoGrant, std::move(listener));
     Watch(mailbox_->fd(), kMailbox, EPOLLIN);
     thread_ = std::thread([this] { Run(); });
     pthread_setname_np(thread_.native_handle(), "ckv-attach");
@@ -109,7 +82,32 @@ class AttachServerImpl : public AttachServer {
   ~AttachServerImpl() override {
     mailbox_->Post([this] { stopping_ = true; });
     thread_.join();
-    unlink(options_.path.c_str());
+    for (const auto& [grant, path] : paths_) unlink(path.c_str());
+  }
+
+  absl::Status Listen(GrantId grant, const std::string& path) override {
+    std::lock_guard lock(paths_mu_);
+    if (paths_.contains(grant)) {
+      return absl::AlreadyExistsError(
+          fmt::format("grant {} listens at {}", GrantText(grant), paths_[grant]));
+    }
+    CKV_ASSIGN_OR_RETURN(gpu::UniqueFd socket, ListenPackets(path, kGrantSocketMode));
+    paths_[grant] = path;
+    auto held = std::make_shared<gpu::UniqueFd>(std::move(socket));
+    mailbox_->Post([this, grant, held] { AddListener(grant, std::move(*held)); });
+    return absl::OkStatus();
+  }
+
+  void StopListening(GrantId grant) override {
+    std::lock_guard lock(paths_mu_);
+    const auto found = paths_.find(grant);
+    if (found == paths_.end()) return;
+    unlink(found->second.c_str());
+    paths_.erase(found);
+    mailbox_->Post([this, grant] {
+      // Closing the socket takes it from the epoll set.
+      std::erase_if(listeners_, [&](const auto& one) { return one.second.grant == grant; });
+    });
   }
 
   // On any thread.
@@ -134,12 +132,19 @@ class AttachServerImpl : public AttachServer {
   }
 
  private:
-  static constexpr uint64_t kListener = 0, kMailbox = 1, kFirstPeer = 2;
+  // Keys of the epoll set. Listeners and peers are numbered together.
+  static constexpr uint64_t kMailbox = 1, kFirstId = 2;
   static constexpr uint64_t kPidfdBit = 1ull << 63;
 
   void Watch(int fd, uint64_t key, uint32_t events) {
     epoll_event event{.events = events, .data = {.u64 = key}};
     epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event);
+  }
+
+  void AddListener(GrantId grant, gpu::UniqueFd socket) {
+    const uint64_t id = next_id_++;
+    Watch(socket.get(), id, EPOLLIN);
+    listeners_[id] = {.grant = grant, .socket = std::move(socket)};
   }
 
   Peer* Find(uint64_t id) {
@@ -161,8 +166,10 @@ class AttachServerImpl : public AttachServer {
   }
 
   void Handle(const epoll_event& event) {
-    if (event.data.u64 == kListener) return Accept();
     if (event.data.u64 == kMailbox) return mailbox_->RunAll();
+    if (const auto listener = listeners_.find(event.data.u64); listener != listeners_.end()) {
+      return Accept(listener->second);
+    }
     Peer* peer = Find(event.data.u64 & ~kPidfdBit);
     if (peer == nullptr) return;
     if ((event.data.u64 & kPidfdBit) != 0) return Died(*peer);
@@ -170,14 +177,22 @@ class AttachServerImpl : public AttachServer {
     if ((event.events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) Read(*peer);
   }
 
-  void Accept() {
+  bool Full(GrantId grant) const {
+    const auto connections =
+        std::ranges::count_if(peers_, [&](const auto& one) { return one.second.grant == grant; });
+    return static_cast<size_t>(connections) >=
+           (grant == kNoGrant ? options_.max_connections : options_.max_grant_connections);
+  }
+
+  void Accept(const Listener& listener) {
     while (true) {
       gpu::UniqueFd socket(
-          accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+          accept4(listener.socket.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
       if (!socket.valid()) return;
-      if (peers_.size() >= options_.max_connections) continue;  // closes it
+      if (Full(listener.grant)) continue;  // closes it
       Peer peer;
-      peer.id = next_peer_++;
+      peer.id = next_id_++;
+      peer.grant = listener.grant;
       ucred who{};
       socklen_t size = sizeof(who);
       if (getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &who, &size) != 0) continue;
@@ -240,7 +255,7 @@ class AttachServerImpl : public AttachServer {
 
   bool TakeHello(Peer& peer, const clusterkv::v1::AttachHello& hello, Packet& packet) {
     const PeerCredentials& who = peer.credentials;
-    if (!options_.allow_any && !options_.allow_uids.contains(who.uid) &&
+    if (peer.grant == kNoGrant && !options_.allow_any && !options_.allow_uids.contains(who.uid) &&
         !options_.allow_gids.contains(who.gid)) {
       Refuse(peer, absl::PermissionDeniedError(
                        fmt::format("uid {} and gid {} are not allowed here", who.uid, who.gid)));
@@ -255,10 +270,11 @@ class AttachServerImpl : public AttachServer {
       }
     }
     peer.state = Peer::State::kAttaching;
-    core_.Attach({.token = hello.session_token(), .boot_epoch = hello.boot_epoch()}, who,
-                 MakeSink(peer.id), [this, id = peer.id](const absl::StatusOr<SessionId>& session) {
-                   mailbox_->Post([this, id, session] { FinishAttach(id, session); });
-                 });
+    core_.Attach(
+        {.token = hello.session_token(), .boot_epoch = hello.boot_epoch(), .grant = peer.grant},
+        who, MakeSink(peer.id), [this, id = peer.id](const absl::StatusOr<SessionId>& session) {
+          mailbox_->Post([this, id, session] { FinishAttach(id, session); });
+        });
     return true;
   }
 
@@ -364,12 +380,14 @@ class AttachServerImpl : public AttachServer {
   const AttachOptions options_;
   ServiceCore& core_;
   gpu::UniqueFd lock_;  // released after the socket has been removed
-  gpu::UniqueFd listener_;
   gpu::UniqueFd epoll_;
   std::shared_ptr<Mailbox> mailbox_;
+  std::mutex paths_mu_;
+  std::map<GrantId, std::string> paths_;  // guarded by paths_mu_
   // The thread's own.
   bool stopping_ = false;
-  uint64_t next_peer_ = kFirstPeer;
+  uint64_t next_id_ = kFirstId;
+  std::map<uint64_t, Listener> listeners_;
   std::map<uint64_t, Peer> peers_;
   std::thread thread_;
 };
@@ -423,7 +441,7 @@ std::shared_ptr<AttachSink> AttachServerImpl::MakeSink(uint64_t peer) {
 absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Create(const AttachOptions& options,
                                                                    ServiceCore& core) {
   CKV_ASSIGN_OR_RETURN(gpu::UniqueFd lock, LockSocketPath("attach-path", options.path));
-  CKV_ASSIGN_OR_RETURN(gpu::UniqueFd listener, ListenPackets(options.path));
+  CKV_ASSIGN_OR_RETURN(gpu::UniqueFd listener, ListenPackets(options.path, kOwnSocketMode));
   return std::unique_ptr<AttachServer>(
       std::make_unique<AttachServerImpl>(options, core, std::move(lock), std::move(listener)));
 }

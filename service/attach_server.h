@@ -5,6 +5,9 @@
 // worker's process until it is dead, also after its session is over. Where the kernel has no
 // SO_PEERPIDFD a record lock on a file of the worker's (lifeline) is looked at every second
 // instead.
+//
+// The daemon's own socket asks for an allowed uid or gid. A grant's does not: a container's uid is
+// anything, and the only way to the socket is the folder that was mounted into that container.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +17,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "service/grant_id.h"
 
 namespace clusterkv::service {
 
@@ -25,8 +29,9 @@ struct AttachOptions {
   std::set<uint32_t> allow_uids;  // either is enough
   std::set<uint32_t> allow_gids;
   absl::Duration hello_timeout = absl::Seconds(10);
-  size_t max_connections = 1024;
-  bool use_pidfd = true;  // false: as on a kernel without it
+  size_t max_connections = 1024;       // of the daemon's own socket
+  size_t max_grant_connections = 128;  // of each grant's, so that none takes them from the others
+  bool use_pidfd = true;               // false: as on a kernel without it
 };
 
 class AttachServer {
@@ -35,8 +40,14 @@ class AttachServer {
   // says, naming the path.
   static absl::StatusOr<std::unique_ptr<AttachServer>> Create(const AttachOptions& options,
                                                               ServiceCore& core);
-  // Closes all connections and removes the socket.
+  // Closes all connections and removes the sockets.
   virtual ~AttachServer() = default;
+
+  // A grant's socket at `path`, mode 0666. The caller sees to it that the path is its own.
+  // Thread-safe. Errors: ALREADY_EXISTS (the grant listens), what errno says, naming the path.
+  virtual absl::Status Listen(GrantId grant, const std::string& path) = 0;
+  // Removes it. Its connections end with their sessions. Does nothing if there is none.
+  virtual void StopListening(GrantId grant) = 0;
 };
 
 }  // namespace clusterkv::service

@@ -1,11 +1,14 @@
 // clusterkvd: configuration, construction, signals, and the one list of the order of shutdown.
 #include <fmt/format.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
+#include <functional>
 #include <future>
 #include <memory>
 #include <set>
@@ -18,9 +21,13 @@
 #include "service/attach_server.h"
 #include "service/config.h"
 #include "service/core.h"
+#include "service/device_plugin/device_plugin.h"
 #include "service/host_pool.h"
 #include "service/logging.h"
+#include "service/rpc/grant_servers.h"
 #include "service/rpc/grpc_server.h"
+#include "service/rpc/rpc_counters.h"
+#include "service/service_manager.h"
 #include "service/version.h"
 
 namespace clusterkv::service {
@@ -74,9 +81,25 @@ class Signals {
   sigset_t set_;
 };
 
+// To systemd, if it asked.
+void Tell(const std::string& state) {
+  const absl::Status told = NotifyServiceManager(std::getenv("NOTIFY_SOCKET"), state);
+  if (!told.ok()) LogWarning("cannot tell systemd", {{"why", std::string(told.message())}});
+}
+
+// Sockets, memory of sessions and their processes are descriptors: the usual soft limit of 1,024 is
+// for programs that use select.
+void AllowAllDescriptors() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 // Until no session is left, the timeout, or a second signal. What is left goes on as before, and
 // its housekeeping with it.
-void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals) {
+void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals,
+           const std::function<void()>& tick) {
   auto idle = std::make_shared<std::promise<void>>();
   auto done = idle->get_future();
   core.Drain(timeout, [idle] { idle->set_value(); });
@@ -85,10 +108,30 @@ void Drain(ServiceCore& core, absl::Duration timeout, const Signals& signals) {
   while (absl::Now() < deadline && !signals.Wait(absl::Milliseconds(50))) {
     if (done.wait_for(std::chrono::seconds(0)) == std::future_status::ready) return;
     if (absl::Now() < next_tick) continue;
-    core.Tick();
+    tick();
     next_tick = absl::Now() + kTickInterval;
   }
   LogWarning("ending the sessions that are left");
+}
+
+AttachOptions AttachOptionsOf(const Config& config) {
+  return {.path = config.attach_socket_path(),
+          .allow_any = !config.allow_uids || !config.allow_gids,
+          .allow_uids = config.allow_uids.value_or(std::set<uint32_t>{}),
+          .allow_gids = config.allow_gids.value_or(std::set<uint32_t>{}),
+          .hello_timeout = config.attach_timeout};
+}
+
+absl::StatusOr<std::unique_ptr<DevicePlugin>> CreateDevicePlugin(const Config& config,
+                                                                 ServiceCore& core,
+                                                                 AttachServer& attach) {
+  if (!config.device_plugin) return nullptr;
+  const auto devices = static_cast<uint32_t>(config.offered_bytes() / kDeviceBytes);
+  return DevicePlugin::Create({.directory = config.device_plugin_dir,
+                               .grants = {.directory = config.grants_dir,
+                                          .devices = devices,
+                                          .device_bytes = kDeviceBytes}},
+                              core, std::make_unique<GrantServers>(core, attach));
 }
 
 absl::Status Serve(const Config& config, const Signals& signals) {
@@ -104,47 +147,54 @@ absl::Status Serve(const Config& config, const Signals& signals) {
       auto core, ServiceCore::Create({.version = kVersion,
                                       .boot_epoch = NewBootEpoch(),
                                       .gpu_memory_bytes = config.gpu_memory_bytes,
+                                      .offered_bytes = config.offered_bytes(),
                                       .max_sessions = config.max_sessions,
                                       .max_sequences_per_session = config.max_sequences_per_session,
                                       .max_arenas_per_session = config.max_arenas_per_session,
                                       .attach_timeout = config.attach_timeout,
-                                      .audit_share = config.audit_share},
+                                      .audit_share = config.audit_share,
+                                      .poll = config.poll_duration()},
                                      std::move(device), std::move(pool)));
-  CKV_ASSIGN_OR_RETURN(auto grpc,
-                       GrpcServer::Create(config.listen, config.attach_socket_path(), *core));
   CKV_ASSIGN_OR_RETURN(
-      auto attach,
-      AttachServer::Create({.path = config.attach_socket_path(),
-                            .allow_any = !config.allow_uids || !config.allow_gids,
-                            .allow_uids = config.allow_uids.value_or(std::set<uint32_t>{}),
-                            .allow_gids = config.allow_gids.value_or(std::set<uint32_t>{}),
-                            .hello_timeout = config.attach_timeout},
-                           *core));
-  const auto status = [&core, &grpc] {
-    DaemonStatus taken = core->status();
-    taken.rpcs = grpc->calls();
-    return taken;
-  };
+      auto grpc, GrpcServer::Create(
+                     {.listen = config.listen, .attach_path = config.attach_socket_path()}, *core));
+  CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core));
+  CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach));
   CKV_ASSIGN_OR_RETURN(auto admin,
-                       AdminServer::Create({.listen = config.admin_listen, .status = status}));
+                       AdminServer::Create({.listen = config.admin_listen, .status = [&] {
+                                              DaemonStatus status = core->status();
+                                              status.rpcs = RpcCounters::OfProcess().status();
+                                              status.device_plugin_registered =
+                                                  plugin != nullptr && plugin->registered();
+                                              return status;
+                                            }}));
+  const auto tick = [&] {
+    core->Tick();
+    if (plugin != nullptr) plugin->Tick();
+  };
   grpc->SetServing(true);
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());
   std::fflush(stdout);
+  Tell("READY=1");
 
-  while (!signals.Wait(kTickInterval)) {
-    core->Tick();
+  // The kubelet hears of us at once.
+  do {
+    tick();
     grpc->SetServing(core->status().ready);
-  }
+  } while (!signals.Wait(kTickInterval));
 
   // The order of shutdown.
   LogInfo("draining", {{"timeout", absl::FormatDuration(config.drain_timeout)}});
   grpc->SetServing(false);
-  Drain(*core, config.drain_timeout, signals);
+  Tell("STOPPING=1");
+  Drain(*core, config.drain_timeout, signals, tick);
   core->EndAllSessions();
+  if (plugin != nullptr) plugin->Shutdown(absl::Seconds(2));
   grpc->Shutdown(absl::Seconds(2));
   core->Stop();
   attach.reset();
-  admin.reset();
+  admin.reset();  // before the plugin, which it asks
+  plugin.reset();
   LogInfo("stopped");
   return absl::OkStatus();
 }
@@ -160,9 +210,14 @@ int Main(int argc, char** argv) {
     return 0;
   }
   const Signals signals;
+  AllowAllDescriptors();
   InitLogging(config->log_format, config->log_level);
   for (const auto& [key, value] : EffectiveConfig(*config)) {
     LogInfo("config", {{"key", key}, {"value", value}});
+  }
+  if (config->admin_is_remote()) {
+    LogWarning("whoever reaches the admin port may read health, metrics and status",
+               {{"admin-listen", config->admin_listen}});
   }
   const absl::Status served = Serve(*config, signals);
   if (!served.ok()) {

@@ -9,9 +9,12 @@
 #include <algorithm>
 #include <bit>
 #include <cctype>
+#include <string_view>
+#include <thread>
 
 #include "absl/strings/numbers.h"
 #include "gpu/status_macros.h"
+#include "service/config_help.h"
 #include "service/config_keys.h"
 #include "service/size_text.h"
 #include "service/version.h"
@@ -20,11 +23,16 @@ namespace clusterkv::service {
 namespace {
 
 constexpr char kUnixPrefix[] = "unix:";
-constexpr char kEnvironmentPrefix[] = "CLUSTERKV_";
 constexpr uint64_t kSmallestAutoChunk = 16ull << 20;
 constexpr uint64_t kLargestAutoChunk = 1ull << 30;
+// A chunk is lent whole to one session, and sessions may share one GiB.
+constexpr uint64_t kLargestAutoChunkOfDevices = 128ull << 20;
 constexpr uint64_t kChunkAlignment = 2ull << 20;  // one huge page
 constexpr size_t kLongestSocketPath = sizeof(sockaddr_un::sun_path) - 1;
+// Names of sockets below a folder, in bytes.
+constexpr size_t kLongestPluginSocket = std::string_view("clusterkv.sock").size();
+constexpr size_t kLongestGrantSocket =
+    std::string_view("0123456789abcdef/clusterkvd.sock.attach").size();
 
 // One `key = value` as someone wrote it.
 struct Setting {
@@ -54,7 +62,8 @@ absl::Status Apply(const Settings& settings, const std::string& origin, Config& 
 struct Flags {
   Settings settings;
   std::optional<std::string> config_file;
-  bool help = false;
+  enum class Help { kNone, kText, kMarkdown };
+  Help help = Help::kNone;
   bool version = false;
 };
 
@@ -63,7 +72,11 @@ absl::StatusOr<Flags> ReadFlags(int argc, const char* const* argv) {
   for (int i = 1; i < argc; ++i) {
     std::string text = argv[i];
     if (text == "--help" || text == "-h") {
-      flags.help = true;
+      flags.help = Flags::Help::kText;
+      continue;
+    }
+    if (text == "--help=markdown") {
+      flags.help = Flags::Help::kMarkdown;
       continue;
     }
     if (text == "--version") {
@@ -82,8 +95,11 @@ absl::StatusOr<Flags> ReadFlags(int argc, const char* const* argv) {
     } else {
       // An unknown key is the better news.
       const std::string name = text.substr(2);
-      if (name != "config") CKV_RETURN_IF_ERROR(FindConfigKey(name, text).status());
-      return Bad(fmt::format("flags: {}: its value is missing", text));
+      if (name != "config") {
+        CKV_ASSIGN_OR_RETURN(const ConfigKey* key, FindConfigKey(name, text));
+        value = key->bare;
+      }
+      if (value.empty()) return Bad(fmt::format("flags: {}: its value is missing", text));
     }
     const std::string name = text.substr(2);
     if (Holds(flags.settings, name) || (name == "config" && flags.config_file)) {
@@ -150,19 +166,54 @@ bool IsLoopback(const std::string& host) {
   return inet_pton(AF_INET, host.c_str(), &address) == 1 && ntohl(address.s_addr) >> 24 == 127;
 }
 
-absl::Status CheckTcp(const std::string& key, const std::string& address,
-                      const std::string& allowed) {
+std::string HostOf(const std::string& address) { return address.substr(0, address.rfind(':')); }
+
+// An address by number: a name may come to mean another interface.
+bool IsNumeric(const std::string& host) {
+  in_addr v4{};
+  in6_addr v6{};
+  if (host.starts_with('[') && host.ends_with(']')) {
+    return inet_pton(AF_INET6, host.substr(1, host.size() - 2).c_str(), &v6) == 1;
+  }
+  return inet_pton(AF_INET, host.c_str(), &v4) == 1;
+}
+
+absl::Status CheckPort(const std::string& key, const std::string& address,
+                       const std::string& allowed) {
   const size_t colon = address.rfind(':');
   int port = -1;
   if (colon == std::string::npos || !absl::SimpleAtoi(address.substr(colon + 1), &port) ||
       port < 0 || port > 65535) {
     return Bad(fmt::format("{}: '{}' is not {}", key, address, allowed));
   }
-  if (!IsLoopback(address.substr(0, colon))) {
-    return Bad(
-        fmt::format("{}: '{}' is not a loopback address (127.0.0.1, localhost, [::1]); TCP is "
-                    "neither encrypted nor authenticated yet",
-                    key, address));
+  return absl::OkStatus();
+}
+
+absl::Status NotLoopback(const std::string& key, const std::string& address,
+                         const std::string& why) {
+  return Bad(fmt::format("{}: '{}' is not a loopback address (127.0.0.1, localhost, [::1]); {}",
+                         key, address, why));
+}
+
+absl::Status CheckAdmin(const Config& config) {
+  CKV_RETURN_IF_ERROR(CheckPort("admin-listen", config.admin_listen, "HOST:PORT"));
+  if (!config.admin_is_remote()) return absl::OkStatus();
+  if (!config.admin_allow_remote) {
+    return NotLoopback("admin-listen", config.admin_listen,
+                       "it changes nothing and tells no secrets, but whoever reaches it may read "
+                       "it: with admin-allow-remote true other addresses are allowed");
+  }
+  if (!IsNumeric(HostOf(config.admin_listen))) {
+    return Bad(fmt::format("admin-listen: '{}': write the address in numbers (0.0.0.0, [::])",
+                           config.admin_listen));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckGrpcTcp(const Config& config) {
+  CKV_RETURN_IF_ERROR(CheckPort("listen", config.listen, "unix:PATH or HOST:PORT"));
+  if (!IsLoopback(HostOf(config.listen))) {
+    return NotLoopback("listen", config.listen, "TCP is neither encrypted nor authenticated yet");
   }
   return absl::OkStatus();
 }
@@ -179,11 +230,11 @@ absl::Status CheckSocketPath(const std::string& key, const std::string& path) {
 }
 
 absl::Status CheckAddresses(const Config& config) {
-  CKV_RETURN_IF_ERROR(CheckTcp("admin-listen", config.admin_listen, "HOST:PORT"));
+  CKV_RETURN_IF_ERROR(CheckAdmin(config));
   if (config.listen.starts_with(kUnixPrefix)) {
     CKV_RETURN_IF_ERROR(CheckSocketPath("listen", config.listen.substr(sizeof(kUnixPrefix) - 1)));
   } else {
-    CKV_RETURN_IF_ERROR(CheckTcp("listen", config.listen, "unix:PATH or HOST:PORT"));
+    CKV_RETURN_IF_ERROR(CheckGrpcTcp(config));
     if (config.attach_path.empty()) {
       return Bad(
           fmt::format("attach-path: needed with listen '{}': the attach socket is always a file",
@@ -212,8 +263,9 @@ absl::Status FinishMemory(Config& config) {
   }
   const bool chosen = config.host_chunk_bytes == 0;
   if (chosen) {
-    config.host_chunk_bytes = std::clamp(std::bit_floor(config.host_memory_bytes / 32),
-                                         kSmallestAutoChunk, kLargestAutoChunk);
+    config.host_chunk_bytes =
+        AutoHostChunk(config.host_memory_bytes,
+                      config.device_plugin ? ChunkUsers::kContainers : ChunkUsers::kSessions);
   }
   const std::string chunk = SizeText(config.host_chunk_bytes);
   if (config.host_chunk_bytes % kChunkAlignment != 0) {
@@ -228,28 +280,53 @@ absl::Status FinishMemory(Config& config) {
   return absl::OkStatus();
 }
 
+absl::Status CheckFolder(const std::string& key, const std::string& path, size_t longest_name) {
+  if (path.empty() || path.front() != '/') {
+    return Bad(fmt::format("{}: '{}': the path must be absolute", key, path));
+  }
+  const size_t longest = kLongestSocketPath - 1 - longest_name;
+  if (path.size() > longest) {
+    return Bad(
+        fmt::format("{}: '{}' has {} bytes, at most {}, or the sockets in it would have more "
+                    "than {}",
+                    key, path, path.size(), longest, kLongestSocketPath));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckDevicePlugin(const Config& config) {
+  if (!config.device_plugin) return absl::OkStatus();
+  CKV_RETURN_IF_ERROR(
+      CheckFolder("device-plugin-dir", config.device_plugin_dir, kLongestPluginSocket));
+  CKV_RETURN_IF_ERROR(CheckFolder("grants-dir", config.grants_dir, kLongestGrantSocket));
+  const uint64_t chunk = config.host_chunk_bytes;
+  if (chunk > kDeviceBytes || kDeviceBytes % chunk != 0) {
+    return Bad(
+        fmt::format("host-chunk: {} does not divide a GiB: chunks are lent whole, so that a "
+                    "container could not use all of its clusterkv.io/host-gib",
+                    SizeText(chunk)));
+  }
+  if (config.device_plugin_memory_bytes % kDeviceBytes != 0) {
+    return Bad(fmt::format("device-plugin-memory: {} is not whole GiB",
+                           SizeText(config.device_plugin_memory_bytes)));
+  }
+  if (config.device_plugin_memory_bytes > config.host_memory_bytes) {
+    return Bad(fmt::format("device-plugin-memory: {} is more than host-memory, {}",
+                           SizeText(config.device_plugin_memory_bytes),
+                           SizeText(config.host_memory_bytes)));
+  }
+  if (config.offered_bytes() == 0) {
+    return Bad(fmt::format("device-plugin: host-memory {} has no whole GiB to offer",
+                           SizeText(config.host_memory_bytes)));
+  }
+  return absl::OkStatus();
+}
+
 Config Defaults() {
   Config config;
   config.allow_uids = std::set<uint32_t>{geteuid()};
   config.allow_gids = std::set<uint32_t>{};
   return config;
-}
-
-std::string Help() {
-  const Config defaults = Defaults();
-  std::string help =
-      "clusterkvd: keeps the KV cache of LLM workers in pinned host memory, clustered.\n\n"
-      "A flag goes before the environment (--host-memory is CLUSTERKV_HOST_MEMORY), that before\n"
-      "the YAML file (host-memory:), that before the default.\n\n";
-  for (const ConfigKey& key : ConfigKeys()) {
-    const std::string value = key.get(defaults);
-    help += fmt::format("  --{:<27} {}\n{:32}{}{}\n", key.name, key.type, "", key.help,
-                        value.empty() ? "" : fmt::format(" [{}]", value));
-  }
-  help += fmt::format("  --{:<27} path\n{:32}YAML file with the same keys\n", "config", "");
-  help +=
-      "  --help, --version\n\nSizes: 4096, 64mb, 30gb (powers of 1024). Durations: 500ms, 10s.\n";
-  return help;
 }
 
 }  // namespace
@@ -259,12 +336,34 @@ std::string Config::attach_socket_path() const {
   return listen.substr(sizeof(kUnixPrefix) - 1) + ".attach";
 }
 
+absl::Duration Config::poll_duration() const {
+  constexpr unsigned kSpareCores = 8;
+  if (poll_time) return *poll_time;
+  return std::thread::hardware_concurrency() >= kSpareCores ? absl::Milliseconds(1)
+                                                            : absl::ZeroDuration();
+}
+
+uint64_t AutoHostChunk(uint64_t host_memory_bytes, ChunkUsers users) {
+  return std::clamp(
+      std::bit_floor(host_memory_bytes / 32), kSmallestAutoChunk,
+      users == ChunkUsers::kContainers ? kLargestAutoChunkOfDevices : kLargestAutoChunk);
+}
+
+bool Config::admin_is_remote() const { return !IsLoopback(HostOf(admin_listen)); }
+
+uint64_t Config::offered_bytes() const {
+  if (!device_plugin) return 0;
+  if (device_plugin_memory_bytes > 0) return device_plugin_memory_bytes;
+  return host_memory_bytes - host_memory_bytes % kDeviceBytes;
+}
+
 absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
                                   const char* const* environment) {
   CKV_ASSIGN_OR_RETURN(Flags flags, ReadFlags(argc, argv));
   Config config = Defaults();
-  if (flags.help) {
-    config.early_output = Help();
+  if (flags.help != Flags::Help::kNone) {
+    config.early_output =
+        flags.help == Flags::Help::kText ? HelpText(config) : HelpMarkdown(config);
     return config;
   }
   if (flags.version) {
@@ -282,6 +381,7 @@ absl::StatusOr<Config> LoadConfig(int argc, const char* const* argv,
   CKV_RETURN_IF_ERROR(CheckAccess(config));
   config.requested_host_memory_bytes = config.host_memory_bytes;
   CKV_RETURN_IF_ERROR(FinishMemory(config));
+  CKV_RETURN_IF_ERROR(CheckDevicePlugin(config));
   return config;
 }
 

@@ -86,6 +86,21 @@ ConfigKey ShareKey(std::string name, std::string help, double Config::*field) {
       [field](const Config& config) { return fmt::format("{}", config.*field); }};
 }
 
+ConfigKey SwitchKey(std::string name, std::string help, bool Config::*field) {
+  return {std::move(name),
+          "true|false",
+          std::move(help),
+          [field](Config& config, const std::string& text) -> absl::Status {
+            if (text != "true" && text != "false") {
+              return absl::InvalidArgumentError(fmt::format("'{}' is not true or false", text));
+            }
+            config.*field = text == "true";
+            return absl::OkStatus();
+          },
+          [field](const Config& config) { return config.*field ? "true" : "false"; },
+          "true"};
+}
+
 ConfigKey DurationKey(std::string name, std::string help, absl::Duration Config::*field) {
   return {std::move(name), "duration", std::move(help),
           [field](Config& config, const std::string& text) -> absl::Status {
@@ -122,6 +137,9 @@ std::vector<ConfigKey> AddressKeys() {
       TextKey("admin-listen", "address",
               "health, metrics and status over HTTP: a loopback HOST:PORT; port 0 picks one",
               &Config::admin_listen),
+      SwitchKey("admin-allow-remote",
+                "admin-listen may be any address, in numbers: for kubelet's probes and Prometheus",
+                &Config::admin_allow_remote),
   };
 }
 
@@ -150,11 +168,34 @@ std::vector<ConfigKey> MemoryKeys() {
   };
 }
 
+ConfigKey PollKey() {
+  constexpr absl::Duration kLongest = absl::Milliseconds(10);
+  return {"poll-time", "duration|auto",
+          "how long the threads that answer calls look for the next one before they sleep, at most "
+          "10ms: takes up to two cores while calls come, and tens of microseconds off each; auto: "
+          "1ms on 8 cores or more, else 0s",
+          [](Config& config, const std::string& text) -> absl::Status {
+            config.poll_time.reset();
+            if (text == "auto") return absl::OkStatus();
+            CKV_ASSIGN_OR_RETURN(const absl::Duration time, ParseDuration(text));
+            if (time > kLongest) {
+              return absl::InvalidArgumentError(fmt::format("'{}' is more than 10ms", text));
+            }
+            config.poll_time = time;
+            return absl::OkStatus();
+          },
+          [](const Config& config) {
+            return config.poll_time ? absl::FormatDuration(*config.poll_time) : "auto";
+          }};
+}
+
 std::vector<ConfigKey> ClientKeys() {
   return {
       IdsKey("allow-uids", "uids that may attach", &Config::allow_uids),
       IdsKey("allow-gids", "gids that may attach; either list is enough", &Config::allow_gids),
-      CountKey<uint32_t>("max-sessions", "open at the same time", &Config::max_sessions, 1, 65536),
+      CountKey<uint32_t>("max-sessions",
+                         "open at the same time, at the listen socket and at each container's",
+                         &Config::max_sessions, 1, 65536),
       CountKey<uint32_t>("max-sequences-per-session", "registered at the same time",
                          &Config::max_sequences_per_session, 1, 1u << 20),
       CountKey<uint32_t>("max-arenas-per-session", "rings and buffers",
@@ -166,6 +207,28 @@ std::vector<ConfigKey> ClientKeys() {
       DurationKey("drain-timeout", "after SIGTERM, before sessions are ended",
                   &Config::drain_timeout),
       DurationKey("attach-timeout", "for a new session to attach", &Config::attach_timeout),
+      PollKey(),
+  };
+}
+
+std::vector<ConfigKey> DevicePluginKeys() {
+  return {
+      SwitchKey("device-plugin",
+                "offer host-memory to the kubelet as clusterkv.io/host-gib, one device a GiB; a "
+                "container that asks for some gets sockets of its own, CLUSTERKV_ADDRESS, and that "
+                "much; alone it is the same as true",
+                &Config::device_plugin),
+      SizeKey("device-plugin-memory",
+              "of host-memory, in whole GiB, what is offered and kept for containers; the rest is "
+              "for workers at the listen socket; auto: every whole GiB",
+              &Config::device_plugin_memory_bytes, "auto"),
+      TextKey("device-plugin-dir", "path",
+              "the kubelet's directory of device plugin sockets, where kubelet.sock lies",
+              &Config::device_plugin_dir),
+      TextKey("grants-dir", "path",
+              "folders that are mounted into containers, and which devices each has; must outlive "
+              "a restart, and have the same path here as on the node; set to 0700",
+              &Config::grants_dir),
   };
 }
 
@@ -200,7 +263,8 @@ size_t EditDistance(const std::string& a, const std::string& b) {
 const std::vector<ConfigKey>& ConfigKeys() {
   static const std::vector<ConfigKey> keys = [] {
     std::vector<ConfigKey> all;
-    for (auto* const group : {&AddressKeys, &MemoryKeys, &ClientKeys, &LogKeys}) {
+    for (auto* const group :
+         {&AddressKeys, &MemoryKeys, &ClientKeys, &DevicePluginKeys, &LogKeys}) {
       for (ConfigKey& key : (*group)()) all.push_back(std::move(key));
     }
     return all;

@@ -12,6 +12,9 @@
 
 namespace clusterkv::service {
 
+// Before a key in the environment.
+inline constexpr char kEnvironmentPrefix[] = "CLUSTERKV_";
+
 struct ConfigKey {
   std::string name;  // kebab-case
   std::string type;
@@ -20,6 +23,8 @@ struct ConfigKey {
   std::function<absl::Status(Config&, const std::string&)> set;
   // As `set` would read it.
   std::function<std::string(const Config&)> get;
+  // What a flag without a value says; empty: it needs one.
+  std::string bare = {};
 };
 
 const std::vector<ConfigKey>& ConfigKeys();

@@ -75,12 +75,13 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
     : options_(std::move(options)),
       device_(std::move(device)),
       pool_(std::move(pool)),
+      accounts_(*pool_, options_.offered_bytes),
       started_(options_.now()),
       device_watch_(started_),
       last_tick_(started_),
-      core_("ckv-core", kQueueCapacity),
+      core_("ckv-core", kQueueCapacity, absl::ToChronoMicroseconds(options_.poll)),
       stage_("ckv-stage", SIZE_MAX),
-      serve_("ckv-serve", SIZE_MAX),
+      serve_("ckv-serve", SIZE_MAX, absl::ToChronoMicroseconds(options_.poll)),
       memory_("ckv-memory", SIZE_MAX),
       audit_("ckv-audit", SIZE_MAX) {}
 
@@ -133,7 +134,14 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
                                          const Completion<WelcomeInfo>& reply) {
     if (absl::Status bad = CheckHello(hello); !bad.ok()) return reply(bad);
     if (draining_) return reply(absl::UnavailableError("the daemon is draining"));
-    const auto live = std::ranges::count_if(sessions_, [](auto& s) { return !s.second->over; });
+    const std::shared_ptr<HostAccount> account = accounts_.Find(hello.grant);
+    if (account == nullptr) {
+      return reply(absl::FailedPreconditionError(
+          fmt::format("grant {} was revoked", GrantText(hello.grant))));
+    }
+    const auto live = std::ranges::count_if(sessions_, [&](auto& s) {
+      return !s.second->over && s.second->hello.grant == hello.grant;
+    });
     if (static_cast<size_t>(live) >= options_.max_sessions) {
       CountRefused(Limit::kSessions);
       return reply(absl::ResourceExhaustedError(
@@ -146,7 +154,8 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
     session->sink = sink;
     session->opened = options_.now();
     session->pool = pool_.get();
-    session->memory = std::make_unique<SessionMemory>(*pool_, *session);
+    session->account = account;
+    session->memory = std::make_unique<SessionMemory>(*account, *session);
     session->chunk_addresses = std::make_unique<const std::byte*[]>(kMaxSessionChunks);
     const WelcomeInfo welcome{.protocol_version = kProtocolVersion,
                               .state_layout_version = gpu::kStateLayoutVersion,
@@ -155,7 +164,10 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
     tokens_[session->token] = session->id;
     sessions_[session->id] = std::move(session);
     ++counters_.sessions_started;
-    LogInfo("session opened", {{"session", welcome.session}, {"client", hello.client_name}});
+    LogInfo("session opened",
+            {{"session", welcome.session},
+             {"client", hello.client_name},
+             {"grant", hello.grant == kNoGrant ? "none" : GrantText(hello.grant)}});
     PublishStatus();
     reply(welcome);
   });
@@ -245,7 +257,8 @@ absl::StatusOr<Session*> ServiceCore::FindSession(const SessionKey& key, bool at
         fmt::format("boot epoch {} is not this daemon's, {}", key.boot_epoch, options_.boot_epoch));
   }
   const auto token = tokens_.find(key.token);
-  if (token == tokens_.end()) {
+  // One of another grant is as unknown as one that never was.
+  if (token == tokens_.end() || sessions_.at(token->second)->hello.grant != key.grant) {
     return absl::UnauthenticatedError("the session token is not one of a live session");
   }
   Session& session = *sessions_.at(token->second);

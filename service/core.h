@@ -8,7 +8,8 @@
 //
 // Keys and ids are checked first in every call: UNAUTHENTICATED for an unknown token,
 // FAILED_PRECONDITION for another boot's epoch or before attaching, NOT_FOUND for an id of another
-// session. A full queue is RESOURCE_EXHAUSTED at once.
+// session. A token counts on the sockets of its session's grant only. A full queue is
+// RESOURCE_EXHAUSTED at once.
 #pragma once
 
 #include <atomic>
@@ -29,6 +30,7 @@
 #include "service/core_types.h"
 #include "service/daemon_status.h"
 #include "service/device_watch.h"
+#include "service/host_account.h"
 #include "service/host_pool.h"
 #include "service/serve_tensors.h"
 #include "service/session_state.h"
@@ -42,11 +44,14 @@ struct CoreOptions {
   std::string version;
   uint64_t boot_epoch = 0;
   uint64_t gpu_memory_bytes = 0;  // 0: no bound
-  size_t max_sessions = 64;
+  // Of the host pool, kept for grants. Whole chunks, at most the pool.
+  uint64_t offered_bytes = 0;
+  size_t max_sessions = 64;  // of each grant, and of those without one
   size_t max_sequences_per_session = 1024;
   size_t max_arenas_per_session = 64;
   absl::Duration attach_timeout = absl::Seconds(10);
-  double audit_share = 0.05;  // of a core, that audits may take; 0: none is made
+  double audit_share = 0.05;                   // of a core, that audits may take; 0: none is made
+  absl::Duration poll = absl::ZeroDuration();  // of the core's and the serve thread; see TaskQueue
   std::function<absl::Time()> now = [] { return absl::Now(); };
 };
 
@@ -73,6 +78,16 @@ class ServiceCore {
   void WorkerDied(SessionId session);
   void CountRejectedAttach() { ++rejected_attaches_; }
 
+  // --- Grants ---------------------------------------------------------------------------------
+  // Its sessions, those that come by its sockets, share `bytes` of host memory: whole chunks, may
+  // be 0. What revoked grants of the same devices (`former`) have not given back yet is left out
+  // until then. Errors: ALREADY_EXISTS, RESOURCE_EXHAUSTED (beyond what is offered), UNAVAILABLE
+  // (draining).
+  void OpenGrant(GrantId grant, uint64_t bytes, std::vector<GrantId> former, Completion<bool> done);
+  // Ends its sessions with `why`; no new one opens. False if there is no such grant.
+  // REQUIRES: not kNoGrant.
+  void RevokeGrant(GrantId grant, absl::Status why, Completion<bool> done);
+
   // --- Sequences ------------------------------------------------------------------------------
   void AllocateArena(SessionKey key, uint64_t bytes, Completion<ArenaInfo> done);
   void RegisterSequence(SessionKey key, RegisterRequest request, Completion<RegisterReply> done);
@@ -87,7 +102,9 @@ class ServiceCore {
   // True: it was audited; false: skipped.
   void AuditDecodeStep(SessionKey key, AuditRequest request, Completion<bool> done);
   void ReleaseSequence(SessionKey key, SequenceId sequence, Completion<bool> done);
-  void ListSequences(std::optional<SessionKey> key, Completion<std::vector<SequenceStatus>> done);
+  // Without a key: of all sessions of the grant, or with kNoGrant of all there are.
+  void ListSequences(std::optional<SessionKey> key, Completion<std::vector<SequenceStatus>> done,
+                     GrantId grant = kNoGrant);
 
   // --- Life -----------------------------------------------------------------------------------
   // Housekeeping, once a second: attach timeouts, what sequences count, the device's health.
@@ -197,6 +214,7 @@ class ServiceCore {
   const CoreOptions options_;
   const std::unique_ptr<gpu::Device> device_;
   const std::unique_ptr<HostPool> pool_;
+  HostAccounts accounts_;  // the core's own
   const absl::Time started_;
   std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
   std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread

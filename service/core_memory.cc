@@ -139,10 +139,10 @@ absl::StatusOr<const std::byte*> ServiceCore::ArenaBytes(const Session& session,
 
 void ServiceCore::RecycleReturned(Session& session) {
   for (const PoolChunk chunk : std::exchange(session.returned, {})) {
-    memory_.Post([this, chunk] {
+    memory_.Post([this, chunk, account = session.account] {
       pool_->Zero(chunk);
-      core_.Post([this, chunk] {
-        pool_->Recycle(chunk);
+      core_.Post([this, chunk, account] {
+        account->Recycle(chunk);
         PublishStatus();
       });
     });

@@ -260,10 +260,10 @@ void ServiceCore::FailWaiters(Sequence& sequence, const absl::Status& why) {
 }
 
 void ServiceCore::ListSequences(std::optional<SessionKey> key,
-                                Completion<std::vector<SequenceStatus>> done) {
+                                Completion<std::vector<SequenceStatus>> done, GrantId grant) {
   Call<std::vector<SequenceStatus>>(
       std::move(done),
-      [this, key = std::move(key)](const Completion<std::vector<SequenceStatus>>& reply) {
+      [this, key = std::move(key), grant](const Completion<std::vector<SequenceStatus>>& reply) {
         std::vector<SequenceStatus> list;
         const auto add = [&](const Session& session) {
           for (const auto& [id, sequence] : session.sequences) list.push_back(Describe(*sequence));
@@ -273,7 +273,9 @@ void ServiceCore::ListSequences(std::optional<SessionKey> key,
           if (!session.ok()) return reply(session.status());
           add(**session);
         } else {
-          for (const auto& [id, session] : sessions_) add(*session);
+          for (const auto& [id, session] : sessions_) {
+            if (grant == kNoGrant || session->hello.grant == grant) add(*session);
+          }
         }
         std::ranges::sort(list, {}, &SequenceStatus::sequence);
         reply(std::move(list));

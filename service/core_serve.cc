@@ -257,7 +257,6 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
   ServeTensors& tensors = *serve_tensors_;
   Clock::time_point phase = Clock::now();
   const auto end_phase = [&](double& seconds) -> absl::Status {
-    if (!work.timed) return absl::OkStatus();
     CKV_RETURN_IF_ERROR(stream.Synchronize());
     seconds = SecondsSince(std::exchange(phase, Clock::now()));
     return absl::OkStatus();
@@ -266,11 +265,16 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
   CKV_RETURN_IF_ERROR(StageServed(work, tensors));
   if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
   CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
-  CKV_RETURN_IF_ERROR(ops.Select(stream, batch, layer, tensors.queries(), work.budget_tokens));
-  CKV_RETURN_IF_ERROR(end_phase(work.prepare_seconds));
-  CKV_RETURN_IF_ERROR(ops.Fetch(stream, batch, layer));
-  CKV_RETURN_IF_ERROR(end_phase(work.gather_seconds));
-  CKV_RETURN_IF_ERROR(ops.Attend(stream, batch, layer, tensors.queries(), tensors.target()));
+  if (!work.timed) {
+    CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(), work.budget_tokens,
+                                        tensors.target()));
+  } else {
+    CKV_RETURN_IF_ERROR(ops.Select(stream, batch, layer, tensors.queries(), work.budget_tokens));
+    CKV_RETURN_IF_ERROR(end_phase(work.prepare_seconds));
+    CKV_RETURN_IF_ERROR(ops.Fetch(stream, batch, layer));
+    CKV_RETURN_IF_ERROR(end_phase(work.gather_seconds));
+    CKV_RETURN_IF_ERROR(ops.Attend(stream, batch, layer, tensors.queries(), tensors.target()));
+  }
   if (work.request.want_output) {
     CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
   }
@@ -278,7 +282,7 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
       ops.ReportLayer(stream, batch, layer, {tensors.reports().data(), tensors.reports().size()}));
   CKV_RETURN_IF_ERROR(
       ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()}));
-  return end_phase(work.attend_seconds);
+  return work.timed ? end_phase(work.attend_seconds) : absl::OkStatus();
 }
 
 absl::Status ServiceCore::RunServe(ServeWork& work) {

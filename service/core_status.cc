@@ -225,6 +225,9 @@ void ServiceCore::PublishStatus() {
   status.host = pool_->status();
   status.gpu_used_bytes = gpu_used_bytes_;
   status.gpu_limit_bytes = options_.gpu_memory_bytes;
+  for (const auto& [grant, account] : accounts_.grants()) {
+    status.grants.push_back({.grant = grant, .host = account->status()});
+  }
   for (const auto& [id, session] : sessions_) {
     status.sequences += session->sequences.size();
     status.waiting_calls += session->waiters;
@@ -240,7 +243,8 @@ void ServiceCore::PublishStatus() {
                                .host_bytes = session->memory->lent_bytes(),
                                .gpu_bytes = session->gpu_bytes,
                                .age_seconds = absl::ToDoubleSeconds(now - session->opened),
-                               .attached = session->was_attached});
+                               .attached = session->was_attached,
+                               .grant = session->hello.grant});
   }
   std::lock_guard lock(status_mu_);
   status_ = std::move(status);

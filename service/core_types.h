@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "gpu/method_options.h"
 #include "gpu/shape.h"
+#include "service/grant_id.h"
 
 namespace clusterkv::service {
 
@@ -25,6 +26,7 @@ using Completion = std::function<void(absl::StatusOr<T>)>;
 struct SessionKey {
   std::string token;
   uint64_t boot_epoch = 0;
+  GrantId grant = kNoGrant;  // of the socket that the call came by; the worker has no say
 };
 
 struct SessionGroup {
@@ -37,6 +39,7 @@ struct HelloInfo {
   std::vector<uint32_t> state_layout_versions;
   std::string client_name;
   std::optional<SessionGroup> group;
+  GrantId grant = kNoGrant;  // of the socket that it came by
 };
 
 struct WelcomeInfo {

@@ -1,6 +1,7 @@
 # gRPC, the attach socket, and the program.
 add_library(clusterkv_rpc STATIC
   ${CMAKE_CURRENT_LIST_DIR}/attach_server.cc
+  ${CMAKE_CURRENT_LIST_DIR}/mailbox.cc
   ${CMAKE_CURRENT_LIST_DIR}/packet_socket.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/cluster_kv_service.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/convert.cc
@@ -16,5 +17,22 @@ target_link_libraries(clusterkv_rpc
 target_link_options(clusterkv_rpc INTERFACE
   "LINKER:--undefined=descriptor_table_clusterkv_2fv1_2fclusterkv_2eproto")
 
-add_executable(clusterkvd ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc)
-target_link_libraries(clusterkvd PRIVATE clusterkv_rpc clusterkv_admin clusterkv_warnings)
+# The device plugin; grants without gRPC are tested by themselves.
+add_library(clusterkv_grants STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/device_plugin/grant_store.cc
+  ${CMAKE_CURRENT_LIST_DIR}/device_plugin/grants.cc)
+target_link_libraries(clusterkv_grants
+  PUBLIC clusterkv::service PRIVATE clusterkv_warnings nlohmann_json::nlohmann_json)
+
+add_library(clusterkv_device_plugin STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/device_plugin/device_plugin.cc
+  ${CMAKE_CURRENT_LIST_DIR}/device_plugin/kubelet.cc
+  ${CMAKE_CURRENT_LIST_DIR}/device_plugin/plugin_service.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/grant_servers.cc)
+target_link_libraries(clusterkv_device_plugin
+  PUBLIC clusterkv_grants clusterkv_rpc clusterkv_kubelet_proto PRIVATE clusterkv_warnings)
+
+add_executable(clusterkvd
+  ${CMAKE_CURRENT_LIST_DIR}/clusterkvd.cc
+  ${CMAKE_CURRENT_LIST_DIR}/service_manager.cc)
+target_link_libraries(clusterkvd PRIVATE clusterkv_device_plugin clusterkv_rpc clusterkv_admin clusterkv_warnings)

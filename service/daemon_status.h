@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "service/grant_id.h"
 #include "service/histogram.h"
 
 namespace clusterkv::service {
@@ -21,6 +22,7 @@ struct SessionStatus {
   uint64_t gpu_bytes = 0;
   double age_seconds = 0;
   bool attached = false;
+  GrantId grant = kNoGrant;
 };
 
 struct HostPoolStatus {
@@ -33,6 +35,11 @@ struct HostPoolStatus {
   uint64_t free_bytes() const {
     return total_bytes - used_bytes - reserved_bytes - quarantined_bytes;
   }
+};
+
+struct GrantStatus {
+  GrantId grant = kNoGrant;
+  HostPoolStatus host;  // the total is its limit
 };
 
 // Layers from this one on count together, so that a label has a bounded number of values.
@@ -72,10 +79,11 @@ enum class SessionEnd {
   kAttachTimeout,
   kProtocolError,  // a message out of order, a false word about its mappings, events not read
   kDaemonStopped,
+  kGrantRevoked,
 };
-constexpr std::array<const char*, 6> kSessionEndNames = {"closed",         "connection_lost",
-                                                         "worker_died",    "attach_timeout",
-                                                         "protocol_error", "daemon_stopped"};
+constexpr std::array<const char*, 7> kSessionEndNames = {
+    "closed",         "connection_lost", "worker_died",  "attach_timeout",
+    "protocol_error", "daemon_stopped",  "grant_revoked"};
 
 // What a request was refused for, with RESOURCE_EXHAUSTED.
 enum class Limit {
@@ -169,6 +177,8 @@ struct DaemonStatus {
   uint64_t gpu_used_bytes = 0;
   uint64_t gpu_limit_bytes = 0;  // 0: none
   std::vector<SessionStatus> sessions;
+  std::vector<GrantStatus> grants;  // by id
+  bool device_plugin_registered = false;
   uint64_t waiting_calls = 0;  // WaitPublished
   std::vector<ThreadStatus> threads;
   std::vector<RpcStatus> rpcs;  // filled in by who has the gRPC server
@@ -191,5 +201,9 @@ struct DaemonStatus {
   std::array<uint64_t, kLimitNames.size()> refused{};
   uint64_t ignored_samples = 0;  // counters of a worker that fell or leapt
 };
+
+// What the workers of a grant may see: its sessions, and its part of the pool as if that were all.
+// Of kNoGrant: everything.
+DaemonStatus StatusOfGrant(DaemonStatus status, GrantId grant);
 
 }  // namespace clusterkv::service

@@ -153,7 +153,7 @@ HostPool::~HostPool() {
 }
 
 absl::Status HostPool::Reserve(uint32_t chunks) {
-  const auto available = static_cast<uint32_t>(free_.size()) - reserved_;
+  const uint32_t available = available_chunks();
   if (chunks > available) {
     // What has just been released is on its way back: the caller may try again.
     const std::string hope = quarantined_ == 0

@@ -54,6 +54,8 @@ class HostPool {
   int read_only_fd(PoolChunk chunk) const { return chunks_[chunk].read_only.get(); }
   uint64_t chunk_bytes() const { return chunk_bytes_; }
   uint32_t chunk_count() const { return static_cast<uint32_t>(chunks_.size()); }
+  // Neither lent, reserved nor in quarantine.
+  uint32_t available_chunks() const { return static_cast<uint32_t>(free_.size()) - reserved_; }
   HostPoolStatus status() const;
 
  private:

@@ -45,6 +45,15 @@ void AddMemoryMetrics(MetricFamilies& families, const DaemonStatus& status) {
                  "Largest piece that could be placed: a chunk while one is free, then the largest "
                  "hole in a session's chunks. Measured once a second.",
                  status.largest_free_extent_bytes);
+  uint64_t granted = 0;
+  for (const GrantStatus& grant : status.grants) granted += grant.host.total_bytes;
+  families.Gauge("clusterkv_grants", "Grants of the device plugin.",
+                 static_cast<uint64_t>(status.grants.size()));
+  families.Gauge("clusterkv_grant_bytes", "Host memory that grants were promised, together.",
+                 granted);
+  families.Gauge("clusterkv_device_plugin_registered",
+                 "1 if the kubelet knows and watches the device plugin.",
+                 status.device_plugin_registered ? 1.0 : 0.0);
   families.Gauge("clusterkv_gpu_arena_bytes", "Device memory that sessions hold.",
                  status.gpu_used_bytes, {{"gpu", status.gpu}});
   families.Gauge("clusterkv_gpu_arena_limit_bytes", "Most that they may hold; 0: no bound.",

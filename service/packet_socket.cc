@@ -32,7 +32,7 @@ std::vector<gpu::UniqueFd> TakeDescriptors(msghdr& header) {
 
 }  // namespace
 
-absl::StatusOr<gpu::UniqueFd> ListenPackets(const std::string& path) {
+absl::StatusOr<gpu::UniqueFd> ListenPackets(const std::string& path, mode_t mode) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof(address.sun_path)) {
@@ -43,10 +43,13 @@ absl::StatusOr<gpu::UniqueFd> ListenPackets(const std::string& path) {
   gpu::UniqueFd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!socket.valid()) return FromErrno("attach socket");
   unlink(path.c_str());  // the caller holds the lock that says that it is ours
-  const mode_t before = umask(0117);
-  const int bound = bind(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address));
-  umask(before);
-  if (bound != 0) return FromErrno("attach-path: cannot bind " + path);
+  // Never wider than `mode`, not even for a moment: the file gets the socket's own mode, less the
+  // process's mask. Then what the mask took.
+  fchmod(socket.get(), mode);
+  if (bind(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+    return FromErrno("attach-path: cannot bind " + path);
+  }
+  if (chmod(path.c_str(), mode) != 0) return FromErrno("attach-path: cannot set mode of " + path);
   if (listen(socket.get(), SOMAXCONN) != 0) return FromErrno("attach-path: " + path);
   return socket;
 }

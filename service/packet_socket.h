@@ -1,6 +1,8 @@
 // Packets with descriptors over a SOCK_SEQPACKET UNIX socket.
 #pragma once
 
+#include <sys/types.h>
+
 #include <string>
 #include <vector>
 
@@ -11,9 +13,9 @@ namespace clusterkv::service {
 
 constexpr size_t kMaxPacketBytes = 4096;
 
-// A listening socket at `path` with mode 0660; a stale socket there is replaced.
+// A listening socket at `path` with that mode; a stale socket there is replaced.
 // Errors: INVALID_ARGUMENT (path too long), what errno says otherwise.
-absl::StatusOr<gpu::UniqueFd> ListenPackets(const std::string& path);
+absl::StatusOr<gpu::UniqueFd> ListenPackets(const std::string& path, mode_t mode);
 
 struct Packet {
   std::string bytes;

@@ -28,7 +28,7 @@ absl::Status SessionMemory::AddReservation(double chunks) {
   }
   const uint32_t reserved = ReservedChunks(needed_chunks_ + chunks);
   if (reserved > reserved_chunks_) {
-    CKV_RETURN_IF_ERROR(pool_.Reserve(reserved - reserved_chunks_));
+    CKV_RETURN_IF_ERROR(account_.Reserve(reserved - reserved_chunks_));
     reserved_chunks_ = reserved;
   }
   needed_chunks_ += chunks;
@@ -39,7 +39,7 @@ void SessionMemory::RemoveReservation(double chunks) {
   needed_chunks_ = std::max(0.0, needed_chunks_ - chunks);
   const uint32_t reserved = ReservedChunks(needed_chunks_);
   if (reserved < reserved_chunks_) {
-    pool_.Unreserve(reserved_chunks_ - reserved);
+    account_.Unreserve(reserved_chunks_ - reserved);
     reserved_chunks_ = reserved;
   }
   for (const auto& [index, chunk] : chunks_) {
@@ -61,7 +61,7 @@ absl::StatusOr<Extent> SessionMemory::Allocate(uint64_t bytes) {
   const bool from_reserve = reserved_chunks_ > 0;
   CKV_ASSIGN_OR_RETURN(
       const PoolChunk pool_chunk,
-      pool_.Lend(from_reserve ? HostPool::Source::kReserved : HostPool::Source::kFree));
+      account_.Lend(from_reserve ? HostPool::Source::kReserved : HostPool::Source::kFree));
   if (from_reserve) --reserved_chunks_;
   const uint32_t chunk = given_up_.empty() ? next_chunk_++ : *given_up_.begin();
   given_up_.erase(chunk);
@@ -90,7 +90,7 @@ void SessionMemory::Revoke(uint32_t chunk) {
   allocator_.RemoveChunk(chunk);
   revoked.quarantined = true;
   --lent_;
-  pool_.Quarantine(revoked.pool_chunk);
+  account_.Quarantine(revoked.pool_chunk);
   events_.OnChunkRevoked(chunk);
 }
 
@@ -124,7 +124,7 @@ bool SessionMemory::mapped(uint32_t chunk) const {
 }
 
 void SessionMemory::QuarantineAll() {
-  pool_.Unreserve(reserved_chunks_);
+  account_.Unreserve(reserved_chunks_);
   reserved_chunks_ = 0;
   needed_chunks_ = 0;
   for (auto& [index, chunk] : chunks_) {
@@ -132,7 +132,7 @@ void SessionMemory::QuarantineAll() {
     allocator_.RemoveChunk(index);
     chunk.quarantined = true;
     --lent_;
-    pool_.Quarantine(chunk.pool_chunk);
+    account_.Quarantine(chunk.pool_chunk);
   }
 }
 

@@ -12,7 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "service/extent_allocator.h"
-#include "service/host_pool.h"
+#include "service/host_account.h"
 
 namespace clusterkv::service {
 
@@ -29,7 +29,8 @@ class ChunkEvents {
 // Not thread-safe.
 class SessionMemory {
  public:
-  SessionMemory(HostPool& pool, ChunkEvents& events) : pool_(pool), events_(events) {}
+  SessionMemory(HostAccount& account, ChunkEvents& events)
+      : account_(account), pool_(account.pool()), events_(events) {}
 
   // Changes what the session's sequences need, in chunks (fractions add up: several small
   // sequences share one chunk). Errors: RESOURCE_EXHAUSTED, and nothing changes.
@@ -72,6 +73,7 @@ class SessionMemory {
   bool Needed() const;  // all that is lent
   void Revoke(uint32_t chunk);
 
+  HostAccount& account_;
   HostPool& pool_;
   ChunkEvents& events_;
   ExtentAllocator allocator_;

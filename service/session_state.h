@@ -134,6 +134,7 @@ struct Session : ChunkEvents {
   absl::Time opened;
 
   HostPool* pool = nullptr;
+  std::shared_ptr<HostAccount> account;  // what its memory is taken from
   std::unique_ptr<SessionMemory> memory;
   std::vector<PoolChunk> returned;  // to be zeroed and recycled by the core
   // Mapped address by chunk index.

@@ -8,8 +8,8 @@
 
 namespace clusterkv::service {
 
-TaskQueue::TaskQueue(const std::string& name, size_t capacity)
-    : capacity_(capacity), thread_([this] { Run(); }) {
+TaskQueue::TaskQueue(const std::string& name, size_t capacity, std::chrono::microseconds poll)
+    : capacity_(capacity), poll_(poll), thread_([this] { Run(); }) {
   pthread_setname_np(thread_.native_handle(), name.substr(0, 15).c_str());
 }
 
@@ -20,6 +20,7 @@ bool TaskQueue::TryPost(Task task) {
     std::lock_guard lock(mu_);
     if (stopping_ || tasks_.size() >= capacity_) return false;
     tasks_.push_back(std::move(task));
+    news_.store(true, std::memory_order_relaxed);
   }
   wake_.notify_one();
   return true;
@@ -30,6 +31,7 @@ void TaskQueue::Post(Task task) {
     std::lock_guard lock(mu_);
     if (stopping_) return;
     tasks_.push_back(std::move(task));
+    news_.store(true, std::memory_order_relaxed);
   }
   wake_.notify_one();
 }
@@ -41,6 +43,7 @@ void TaskQueue::Drain() {
     std::lock_guard lock(mu_);
     if (stopping_) return;
     tasks_.push_back([reached] { reached->set_value(); });
+    news_.store(true, std::memory_order_relaxed);
   }
   wake_.notify_one();
   reached->get_future().wait();
@@ -50,6 +53,7 @@ void TaskQueue::Stop() {
   {
     std::lock_guard lock(mu_);
     stopping_ = true;
+    news_.store(true, std::memory_order_relaxed);
   }
   wake_.notify_one();
   if (thread_.joinable()) thread_.join();
@@ -73,9 +77,24 @@ TaskQueueLoad TaskQueue::load() const {
   return load;
 }
 
+void TaskQueue::Poll() const {
+  const auto end = std::chrono::steady_clock::now() + poll_;
+  while (!news_.load(std::memory_order_relaxed) && std::chrono::steady_clock::now() < end) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
 void TaskQueue::Run() {
   std::unique_lock lock(mu_);
   while (true) {
+    if (tasks_.empty() && !stopping_ && poll_.count() > 0) {
+      news_.store(false, std::memory_order_relaxed);
+      lock.unlock();
+      Poll();
+      lock.lock();
+    }
     wake_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
     if (tasks_.empty()) return;
     Task task = std::move(tasks_.front());

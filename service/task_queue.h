@@ -1,6 +1,7 @@
 // A named thread that runs tasks in order.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -26,7 +27,10 @@ class TaskQueue {
  public:
   using Task = std::function<void()>;
 
-  TaskQueue(const std::string& name, size_t capacity);
+  // poll: how long the thread looks for its next task before it sleeps. A sleeper takes tens of
+  // microseconds to wake, a poller takes a core.
+  TaskQueue(const std::string& name, size_t capacity,
+            std::chrono::microseconds poll = std::chrono::microseconds(0));
   ~TaskQueue();
 
   // False, and nothing is kept, if the queue is full or stopped: for work that comes from outside.
@@ -47,15 +51,19 @@ class TaskQueue {
   using Clock = std::chrono::steady_clock;
 
   void Run();
+  // Until there is a task, the queue stops, or the time to poll is over.
+  void Poll() const;
 
   const size_t capacity_;
+  const std::chrono::microseconds poll_;
   mutable std::mutex mu_;
-  std::condition_variable wake_;  // with mu_
-  std::deque<Task> tasks_;        // guarded by mu_
-  bool stopping_ = false;         // guarded by mu_
-  uint64_t done_ = 0;             // guarded by mu_
-  Clock::duration busy_{};        // guarded by mu_; in tasks that are done
-  Clock::time_point began_{};     // guarded by mu_; of the task that runs; 0: idle
+  std::condition_variable wake_;    // with mu_
+  std::deque<Task> tasks_;          // guarded by mu_
+  bool stopping_ = false;           // guarded by mu_
+  std::atomic<bool> news_ = false;  // tasks_ or stopping_ may have changed since the thread looked
+  uint64_t done_ = 0;               // guarded by mu_
+  Clock::duration busy_{};          // guarded by mu_; in tasks that are done
+  Clock::time_point began_{};       // guarded by mu_; of the task that runs; 0: idle
   std::thread thread_;
 };
 

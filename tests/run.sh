@@ -3,7 +3,8 @@
 #
 #   tests/run.sh                     what CI runs for every change
 #   tests/run.sh --tier nightly      also tests labelled slow, and clang-tidy over all files
-#   tests/run.sh --only asan,lint    parts of: release python cuda asan tsan lint (this of all files)
+#   tests/run.sh --only asan,lint    parts of: release python deploy cuda asan tsan lint (this
+#                                    of all files)
 #
 # Counts test cases, and every other check as one. A step that cannot run is a failure. Logs and
 # reports: build/logs. Python packages: .venv, from tests/requirements.txt.
@@ -177,6 +178,8 @@ part_cuda() {
     --test-output-size-passed 100000000 --test-output-size-failed 100000000 >&2
   count_cases "cuda ctest" "$file" $?
   check "cuda: a machine without a driver is told" says_what_is_missing
+  # The tree of its image; the packaging is the same as the other's.
+  run_pytest "cuda deploy" build/cuda/bin tests/deploy/test_image.py
 }
 
 says_what_is_missing() {
@@ -193,6 +196,11 @@ part_python() {
   check "python: the programs under test" test -x build/release/bin/clusterkvd || return
   run_pytest "python" build/release/bin tests/reference tests/integration tests/observability tests/tally_test.py \
     tests/benchmarks/cache_policies_test.py
+}
+
+part_deploy() {
+  check "deploy: bundle" configure_and_build release --target bundle || return
+  run_pytest "deploy" build/release/bin tests/deploy
 }
 
 sanitized() {  # PRESET
@@ -265,7 +273,8 @@ tidy_is_silent() {
 
 part_lint() {
   check "lint: clang-format" format_is_kept
-  check "lint: what clang-tidy needs" configure_and_build release --target clusterkv_proto &&
+  check "lint: what clang-tidy needs" configure_and_build release \
+    --target clusterkv_proto clusterkv_kubelet_proto &&
     check "lint: clang-tidy" tidy_is_silent
 }
 
@@ -275,7 +284,7 @@ while (($#)); do
   case $1 in
     --tier) tier=${2-} ; shift ;;
     --only) only=${2-} ; shift ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "tests/run.sh: '$1' is no option; see --help" >&2; exit 2 ;;
   esac
   shift || break
@@ -287,7 +296,7 @@ mkdir -p "$logs"
 check "packages" deploy/install-packages.sh --tests || finish
 check "python packages" make_venv || finish
 read -r -a parts <<<"${only//,/ }"
-((${#parts[@]})) || parts=(release python cuda asan tsan lint)
+((${#parts[@]})) || parts=(release python deploy cuda asan tsan lint)
 for part in "${parts[@]}"; do
   if declare -F "part_$part" >/dev/null; then
     "part_$part"

@@ -144,31 +144,22 @@ class DecodeBench {
     const gpu::StateLayout& layout = state.layout();
     // The queries are the model's own, and the same in every step: so are the selections.
     Selections selections(batch * layout.head_index(layout.layers, 0));
-    const auto select = [&](uint32_t layer) {
-      return ops_.Select(stream, slots, layer, model_.queries(), state.budget_tokens());
-    };
-    const auto fetch_and_attend = [&](uint32_t layer) {
-      CKV_RETURN_IF_ERROR(ops_.Fetch(stream, slots, layer));
-      return ops_.Attend(stream, slots, layer, model_.queries(), model_.target());
+    const auto decode_layer = [&](uint32_t layer) {
+      return ops_.DecodeLayer(stream, slots, layer, model_.queries(), state.budget_tokens(),
+                              model_.target());
     };
     CKV_RETURN_IF_ERROR(state.Begin(batch));
     CKV_RETURN_IF_ERROR(state.Rewind(batch));
     CKV_RETURN_IF_ERROR(Step(slots, [&](uint32_t layer) {
-      CKV_RETURN_IF_ERROR(select(layer));
-      CKV_RETURN_IF_ERROR(state.ReadSelection(batch, layer, selections));
-      return fetch_and_attend(layer);
+      CKV_RETURN_IF_ERROR(decode_layer(layer));
+      return state.ReadSelection(batch, layer, selections);
     }));
     for (const uint32_t percent : run_.options.decode_misses) {
       CKV_ASSIGN_OR_RETURN(const auto editor,
                            run_.backend.MakeEditor(
                                ForceMisses(state, batch, selections, percent, run_.options.seed)));
       Timing timing;
-      timing.work = [&](gpu::Stream&) {
-        return Step(slots, [&](uint32_t layer) {
-          CKV_RETURN_IF_ERROR(select(layer));
-          return fetch_and_attend(layer);
-        });
-      };
+      timing.work = [&](gpu::Stream&) { return Step(slots, decode_layer); };
       timing.prepare = [&](gpu::Stream&) {
         CKV_RETURN_IF_ERROR(state.Rewind(batch));
         return editor->Apply();

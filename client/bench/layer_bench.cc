@@ -80,9 +80,8 @@ class LayerBench {
   }
   absl::Status StepOf(uint32_t layer) const {
     CKV_RETURN_IF_ERROR(ops_.Append(run_.backend.stream(), slots(), layer, state_.tokens()));
-    CKV_RETURN_IF_ERROR(Select(layer));
-    CKV_RETURN_IF_ERROR(Fetch(layer));
-    return Attend(layer);
+    return ops_.DecodeLayer(run_.backend.stream(), slots(), layer, state_.queries(layer),
+                            state_.budget_tokens(), state_.target());
   }
   gpu::Batch slots() const { return state_.slots(batch_); }
 

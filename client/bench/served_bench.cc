@@ -14,6 +14,7 @@
 #include "client/bench/key_model.h"
 #include "client/client.h"
 #include "client/client_session.h"
+#include "client/connection.h"
 #include "client/replay/interrupt.h"
 #include "client/replay/private_daemon.h"
 #include "client/sequence_impl.h"
@@ -70,6 +71,7 @@ class ServedBench {
   absl::Status Measure(const std::string& address) {
     CKV_ASSIGN_OR_RETURN(const auto client,
                          Client::Connect({.address = address, .name = "clusterkv-bench"}));
+    CKV_RETURN_IF_ERROR(TimeRoundTrips(address));
     for (const FetchMode mode : {FetchMode::kServed, FetchMode::kDirect}) {
       CKV_ASSIGN_OR_RETURN(const auto sequences, Decodable(*client, mode));
       CKV_ASSIGN_OR_RETURN(std::vector<double> samples, mode == FetchMode::kServed
@@ -222,6 +224,20 @@ class ServedBench {
       }
     }
     return samples;
+  }
+
+  // A call that the daemon answers at once: what gRPC itself takes.
+  absl::Status TimeRoundTrips(const std::string& address) const {
+    CKV_ASSIGN_OR_RETURN(const auto connection, Connection::Create(address));
+    std::vector<double> samples;
+    for (uint32_t i = 0; i < kWarmUpSteps + run_.options.repeats; ++i) {
+      const Clock::time_point start = Clock::now();
+      CKV_RETURN_IF_ERROR(connection->GetStatus({}, Deadline(kPatience)).status());
+      if (i >= kWarmUpSteps) samples.push_back(MicrosecondsSince(start));
+    }
+    run_.AddRow("served", {{"mode", "round-trip"}, {"transport", "none"}, {"batch", batch_}},
+                std::move(samples), Work());
+    return absl::OkStatus();
   }
 
   // An engine that computes its q, k and v straight into the arena, and reads outputs there.

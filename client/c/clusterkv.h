@@ -158,8 +158,10 @@ CLUSTERKV_API const char* clusterkv_status_name(clusterkv_status status);
 
 typedef struct clusterkv_client_options {
   size_t struct_size;
-  const char* address;  // "unix:/PATH" or "127.0.0.1:PORT"
-  const char* name;     // for logs and listings, at most 128 bytes
+  // "unix:/PATH" or "127.0.0.1:PORT"; "": $CLUSTERKV_ADDRESS, which a container with a grant has,
+  // or else "unix:/run/clusterkv/clusterkvd.sock".
+  const char* address;
+  const char* name;  // for logs and listings, at most 128 bytes
   // Of the ingest ring: at least 2 tokens of one layer, for direct sequences of all layers.
   uint64_t ring_bytes;
   double rpc_timeout_seconds;  // above 0; of every call to the daemon that has none of its own
@@ -171,11 +173,8 @@ typedef struct clusterkv_client_options {
   double audit_rate;
 } clusterkv_client_options;
 
-#define CLUSTERKV_CLIENT_OPTIONS_INIT                                                            \
-  {                                                                                              \
-    sizeof(clusterkv_client_options), "unix:/run/clusterkv/clusterkvd.sock", "", 67108864, 30.0, \
-        0, 0, 0.0                                                                                \
-  }
+#define CLUSTERKV_CLIENT_OPTIONS_INIT \
+  { sizeof(clusterkv_client_options), "", "", 67108864, 30.0, 0, 0, 0.0 }
 
 // Strings are valid until the client is closed.
 typedef struct clusterkv_client_info {

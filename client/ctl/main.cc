@@ -7,6 +7,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "client/address.h"
 #include "client/connection.h"
 #include "client/ctl/report.h"
 #include "gpu/status_macros.h"
@@ -15,7 +16,7 @@ namespace clusterkv::client::ctl {
 namespace {
 
 struct Options {
-  std::string address = "unix:/run/clusterkv/clusterkvd.sock";
+  std::string address = DefaultAddress();
   std::string format = "table";
   double timeout_seconds = 5;
   uint32_t ping_count = 10;
@@ -71,8 +72,8 @@ int Main(int argc, char** argv) {
   Options options;
   CLI::App app("Asks a clusterkvd how it is.", "clusterkvctl");
   app.set_version_flag("--version", CLUSTERKV_VERSION);
-  app.add_option("--address", options.address, "unix:PATH or HOST:PORT of the daemon")
-      ->envname("CLUSTERKV_ADDRESS")
+  app.add_option("--address", options.address,
+                 "unix:PATH or HOST:PORT of the daemon; by default $CLUSTERKV_ADDRESS")
       ->capture_default_str();
   app.add_option("--format", options.format, "what to print")
       ->check(CLI::IsMember({"table", "json"}))

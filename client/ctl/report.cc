@@ -78,9 +78,25 @@ Json SessionList(const v1::GetStatusReply& status) {
                         {"host_bytes", session.host_bytes()},
                         {"gpu_bytes", session.gpu_bytes()},
                         {"age_seconds", session.age_seconds()},
-                        {"attached", session.attached()}});
+                        {"attached", session.attached()},
+                        {"grant", session.grant()}});
   }
   return sessions;
+}
+
+Json HostBytes(const v1::HostBytes& host) {
+  return {{"total", host.total()},
+          {"used", host.used()},
+          {"reserved", host.reserved()},
+          {"quarantined", host.quarantined()}};
+}
+
+Json GrantList(const v1::GetStatusReply& status) {
+  Json grants = Json::array();
+  for (const v1::GrantInfo& grant : status.grant_list()) {
+    grants.push_back({{"grant", grant.grant()}, {"host_bytes", HostBytes(grant.host_bytes())}});
+  }
+  return grants;
 }
 
 double Median(std::vector<double> values) {
@@ -119,13 +135,10 @@ std::string StatusJson(const v1::GetStatusReply& status) {
                    {"uptime_seconds", status.uptime_seconds()},
                    {"sessions", status.sessions()},
                    {"sequences", status.sequences()},
-                   {"host_bytes",
-                    {{"total", status.host_bytes().total()},
-                     {"used", status.host_bytes().used()},
-                     {"reserved", status.host_bytes().reserved()},
-                     {"quarantined", status.host_bytes().quarantined()}}},
+                   {"host_bytes", HostBytes(status.host_bytes())},
                    {"gpu_bytes", {{"used", status.gpu_bytes_used()}}},
-                   {"session_list", SessionList(status)}});
+                   {"session_list", SessionList(status)},
+                   {"grant_list", GrantList(status)}});
 }
 
 std::string StatusTable(const v1::GetStatusReply& status) {

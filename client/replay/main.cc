@@ -161,8 +161,14 @@ int Main(int argc, char** argv) {
     return status.ok() ? kOk : Fail(kFailed, status);
   }
   const std::vector<std::string> arguments(argv + 1, argv + argc);
-  const absl::Status status = Replay(options, *trace, arguments).Run();
-  return status.ok() ? kOk : Fail(ExitCodeOf(status), status);
+  for (uint32_t i = 0; options.repeat == 0 || i < options.repeat; ++i) {
+    const absl::Status status = Replay(options, *trace, arguments).Run();
+    if (status.ok()) continue;
+    // Without an end of its own, being stopped is how it ends.
+    const bool stopped = options.repeat == 0 && !CheckInterrupt().ok();
+    return stopped ? kOk : Fail(ExitCodeOf(status), status);
+  }
+  return kOk;
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ struct RawOptions {
   std::vector<std::string> settings;
   std::string cache_tokens, mode = "direct", sequences = "1", workers = "1", steps, seed = "0";
   std::string audit_rate = "0";
+  std::string repeat = "1";
   std::string format = "table", publish = "sync", worker_index, worker_address, result_fd;
 };
 
@@ -127,6 +128,11 @@ absl::Status ParseRest(const RawOptions& raw, ReplayOptions& options) {
   if (!raw.steps.empty()) {
     CKV_ASSIGN_OR_RETURN(options.steps, ParseNumber<uint32_t>("--steps", raw.steps, 1, UINT32_MAX));
   }
+  CKV_ASSIGN_OR_RETURN(options.repeat,
+                       ParseNumber<uint32_t>("--repeat", raw.repeat, 0, UINT32_MAX));
+  if (options.repeat != 1 && options.format == Format::kJson) {
+    return absl::InvalidArgumentError("--repeat goes with --format table: json is one object");
+  }
   if (!raw.worker_index.empty()) {
     CKV_ASSIGN_OR_RETURN(
         options.worker_index,
@@ -160,7 +166,8 @@ void Declare(CLI::App& app, ReplayOptions& options, RawOptions& raw) {
   app.add_option("--backend", options.backend, "of the private daemon: host, cuda or auto")
       ->default_val("auto");
   app.add_option("--connect", options.connect,
-                 "unix:PATH or HOST:PORT of a running daemon, instead of a private one");
+                 "unix:PATH or HOST:PORT of a running daemon, instead of a private one")
+      ->envname("CLUSTERKV_ADDRESS");
   app.add_option("--sequences", raw.sequences, "decoded together by each worker")
       ->capture_default_str();
   app.add_option("--workers", raw.workers, "processes at the same time")->capture_default_str();
@@ -170,6 +177,8 @@ void Declare(CLI::App& app, ReplayOptions& options, RawOptions& raw) {
                  "metrics; 0 to 1")
       ->capture_default_str();
   app.add_option("--seed", raw.seed, "of k-means; sequence i has seed + i")->capture_default_str();
+  app.add_option("--repeat", raw.repeat, "replay so often, as a load; 0: until it is stopped")
+      ->capture_default_str();
   app.add_option("--dump-outputs", options.dump_outputs,
                  "write clusterkv's outputs and selections at the first budget to this file");
   app.add_option("--format", raw.format, "table or json")->capture_default_str();

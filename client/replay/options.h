@@ -34,6 +34,7 @@ struct ReplayOptions {
   uint32_t steps = 0;  // 0: all of the trace
   uint64_t seed = 0;
   double audit_rate = 0;     // of direct steps, that the daemon compares with exact attention
+  uint32_t repeat = 1;       // 0: until a signal
   std::string dump_outputs;  // empty: none
   Format format = Format::kTable;
   Publish publish = Publish::kSync;

@@ -12,6 +12,7 @@ target_sources(clusterkv_gpu PRIVATE
 add_library(clusterkv_gpu_cuda STATIC
   cuda/kernels/attend.cu
   cuda/kernels/cluster_kernels.cu
+  cuda/kernels/decode_layer.cu
   cuda/kernels/fetch.cu
   cuda/kernels/kmeans_assign.cu
   cuda/kernels/kmeans_assign_resident.cu

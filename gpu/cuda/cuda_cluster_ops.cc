@@ -71,20 +71,24 @@ absl::Status CudaClusterOps::Stage(Stream& stream, StageArgs args) {
   CKV_RETURN_IF_ERROR(CheckReachable(args.range, "the ring range"));
   CKV_ASSIGN_OR_RETURN(CudaStream* const native, NativeStream(stream));
   const ScopedDevice device(native->ordinal());
-  CKV_ASSIGN_OR_RETURN(const Temporary destinations, UploadAll(*native, args.destinations));
   const size_t plane = size_t{args.range_tokens} * args.kv_heads * args.head_dim * 2;
-  return ToStatus(
-      LaunchStage({.range = args.range,
-                   .layer_stride = args.layer_stride == 0 ? 2 * plane : args.layer_stride,
-                   .range_tokens = args.range_tokens,
-                   .first_token = args.first_token,
-                   .count = args.count,
-                   .layer_count = args.layer_count,
-                   .kv_heads = args.kv_heads,
-                   .head_dim = args.head_dim,
-                   .destinations = destinations.as<std::byte*>()},
-                  native->native()),
-      "staging");
+  StageLaunch launch = {.range = args.range,
+                        .layer_stride = args.layer_stride == 0 ? 2 * plane : args.layer_stride,
+                        .range_tokens = args.range_tokens,
+                        .first_token = args.first_token,
+                        .count = args.count,
+                        .layer_count = args.layer_count,
+                        .kv_heads = args.kv_heads,
+                        .head_dim = args.head_dim,
+                        .destinations = nullptr,
+                        .few = {}};
+  if (args.destinations.size() <= StageLaunch::kFew) {
+    std::ranges::copy(args.destinations, launch.few);
+    return ToStatus(LaunchStage(launch, native->native()), "staging");
+  }
+  CKV_ASSIGN_OR_RETURN(const Temporary destinations, UploadAll(*native, args.destinations));
+  launch.destinations = destinations.as<std::byte*>();
+  return ToStatus(LaunchStage(launch, native->native()), "staging");
 }
 
 absl::Status CudaClusterOps::Cluster(Stream& stream, ClusterArgs args) {

@@ -38,6 +38,19 @@ QueryLaunch ToLaunch(const QuerySource& queries) {
   return {.q = queries.q, .batch_stride = queries.batch_stride, .head_stride = queries.head_stride};
 }
 
+OutputLaunch ToLaunch(const AttentionTarget& target) {
+  return {.out = target.out,
+          .batch_stride = target.batch_stride,
+          .head_stride = target.head_stride,
+          .lse = target.lse,
+          .lse_batch_stride = target.lse_batch_stride};
+}
+
+absl::Status CheckTarget(const AttentionTarget& target) {
+  CKV_RETURN_IF_ERROR(CheckReachable(target.out, "out"));
+  return target.lse == nullptr ? absl::OkStatus() : CheckReachable(target.lse, "lse");
+}
+
 // A batch is ready for its launches: `body(native, loaded)`, unless no slot is active.
 template <typename Body>
 absl::Status WithBatch(Stream& stream, Batch batch, const char* what, const Body& body) {
@@ -119,17 +132,35 @@ absl::Status CudaDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
                                    const QuerySource& queries, const AttentionTarget& target) {
   CKV_RETURN_IF_ERROR(CheckAttend(batch, layer, queries, target));
   CKV_RETURN_IF_ERROR(CheckReachable(queries.q, "q"));
-  CKV_RETURN_IF_ERROR(CheckReachable(target.out, "out"));
-  if (target.lse != nullptr) CKV_RETURN_IF_ERROR(CheckReachable(target.lse, "lse"));
-  const OutputLaunch output = {.out = target.out,
-                               .batch_stride = target.batch_stride,
-                               .head_stride = target.head_stride,
-                               .lse = target.lse,
-                               .lse_batch_stride = target.lse_batch_stride};
+  CKV_RETURN_IF_ERROR(CheckTarget(target));
   return WithBatch(stream, batch, "attending",
                    [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
-                     return LaunchAttend(loaded.shape, layer, ToLaunch(queries), output,
+                     return LaunchAttend(loaded.shape, layer, ToLaunch(queries), ToLaunch(target),
                                          loaded.parts, native.native());
+                   });
+}
+
+absl::Status CudaDecodeOps::DecodeLayer(Stream& stream, Batch batch, uint32_t layer,
+                                        const QuerySource& queries, uint32_t budget_tokens,
+                                        const AttentionTarget& target) {
+  CKV_RETURN_IF_ERROR(CheckSelect(batch, layer, queries, budget_tokens));
+  CKV_RETURN_IF_ERROR(CheckAttend(batch, layer, queries, target));
+  CKV_RETURN_IF_ERROR(CheckReachable(queries.q, "q"));
+  CKV_RETURN_IF_ERROR(CheckTarget(target));
+  return WithBatch(stream, batch, "decoding a layer",
+                   [&](CudaStream& native, const CudaStream::LoadedBatch& loaded) {
+                     const BatchShape& shape = loaded.shape;
+                     const QueryLaunch from = ToLaunch(queries);
+                     const OutputLaunch to = ToLaunch(target);
+                     if (shape.overlap && budget_tokens <= kMostLayerBudget) {
+                       return LaunchDecodeLayer(shape, layer, from, budget_tokens, to,
+                                                loaded.clusters, native.native());
+                     }
+                     cudaError_t error = LaunchSelect(shape, layer, from, budget_tokens,
+                                                      loaded.clusters, native.native());
+                     if (error == cudaSuccess) error = LaunchFetch(shape, layer, native.native());
+                     if (error != cudaSuccess) return error;
+                     return LaunchAttend(shape, layer, from, to, loaded.parts, native.native());
                    });
 }
 

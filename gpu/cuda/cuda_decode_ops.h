@@ -5,7 +5,8 @@
 
 namespace clusterkv::gpu::cuda {
 
-// Thread-safe. At most 4 launches a layer: append, select, fetch, attend.
+// Thread-safe. Two launches a layer, append and DecodeLayer; 4 before compute capability 9.0:
+// append, select, fetch, attend.
 class CudaDecodeOps final : public DecodeOps {
  public:
   absl::Status WriteTokens(Stream& stream, const WriteTokensArgs& args) override;
@@ -17,6 +18,8 @@ class CudaDecodeOps final : public DecodeOps {
   absl::Status Fetch(Stream& stream, Batch batch, uint32_t layer) override;
   absl::Status Attend(Stream& stream, Batch batch, uint32_t layer, const QuerySource& queries,
                       const AttentionTarget& target) override;
+  absl::Status DecodeLayer(Stream& stream, Batch batch, uint32_t layer, const QuerySource& queries,
+                           uint32_t budget_tokens, const AttentionTarget& target) override;
   absl::Status EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) override;
   absl::Status ReportLayer(Stream& stream, Batch batch, uint32_t layer,
                            absl::Span<LayerReport> reports) override;

@@ -239,6 +239,8 @@ absl::Status CudaStream::GrowScratch(const LoadedBatch& batch, uint32_t group,
   const uint64_t scores = packer.Add(items * scratch.score_stride * sizeof(float));
   const uint64_t chosen = packer.Add(items * scratch.chosen_stride * sizeof(uint64_t));
   const uint64_t taken = packer.Add(items * clusters * sizeof(uint32_t));
+  const uint64_t keys = packer.Add(items * 3 * clusters * sizeof(uint32_t));
+  const uint64_t misses = packer.Add(items * clusters * sizeof(MissedCluster));
   const uint64_t partials =
       packer.Add(items * parts * group * batch.shape.head_dim * sizeof(float));
   const uint64_t partial_sums = packer.Add(items * parts * group * sizeof(float2));
@@ -259,6 +261,8 @@ absl::Status CudaStream::GrowScratch(const LoadedBatch& batch, uint32_t group,
   scratch.scores = reinterpret_cast<float*>(base + scores);
   scratch.chosen = reinterpret_cast<uint64_t*>(base + chosen);
   scratch.taken = reinterpret_cast<uint32_t*>(base + taken);
+  scratch.keys = reinterpret_cast<uint32_t*>(base + keys);
+  scratch.misses = reinterpret_cast<MissedCluster*>(base + misses);
   scratch.partials = reinterpret_cast<float*>(base + partials);
   scratch.partial_sums = reinterpret_cast<float2*>(base + partial_sums);
   return absl::OkStatus();

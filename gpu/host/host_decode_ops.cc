@@ -201,6 +201,16 @@ absl::Status HostDecodeOps::Attend(Stream& stream, Batch batch, uint32_t layer,
   });
 }
 
+absl::Status HostDecodeOps::DecodeLayer(Stream& stream, Batch batch, uint32_t layer,
+                                        const QuerySource& queries, uint32_t budget_tokens,
+                                        const AttentionTarget& target) {
+  CKV_RETURN_IF_ERROR(CheckSelect(batch, layer, queries, budget_tokens));
+  CKV_RETURN_IF_ERROR(CheckAttend(batch, layer, queries, target));
+  CKV_RETURN_IF_ERROR(Select(stream, batch, layer, queries, budget_tokens));
+  CKV_RETURN_IF_ERROR(Fetch(stream, batch, layer));
+  return Attend(stream, batch, layer, queries, target);
+}
+
 absl::Status HostDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) {
   CKV_RETURN_IF_ERROR(CheckResults(batch, 0, errors.size()));
   return EnqueueOn(stream, [batch, errors] {

@@ -24,6 +24,8 @@ class HostDecodeOps final : public DecodeOps {
   absl::Status Fetch(Stream& stream, Batch batch, uint32_t layer) override;
   absl::Status Attend(Stream& stream, Batch batch, uint32_t layer, const QuerySource& queries,
                       const AttentionTarget& target) override;
+  absl::Status DecodeLayer(Stream& stream, Batch batch, uint32_t layer, const QuerySource& queries,
+                           uint32_t budget_tokens, const AttentionTarget& target) override;
   absl::Status EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) override;
   absl::Status ReportLayer(Stream& stream, Batch batch, uint32_t layer,
                            absl::Span<LayerReport> reports) override;

@@ -35,16 +35,16 @@ class WaitCall : public CountedReactor<grpc::ServerUnaryReactor> {
   WaitCall(RpcCounters& counters, ServiceCore& core)
       : CountedReactor(counters, "WaitPublished"), core_(core) {}
 
-  void Start(const v1::WaitPublishedRequest& request, v1::WaitPublishedReply& reply) {
-    waiter_ =
-        core_.WaitPublished(FromProto(request.session()), request.sequence_id(), request.length(),
-                            [this, &reply](absl::StatusOr<PublishedInfo> info) {
-                              if (info.ok()) {
-                                reply.set_published_segments(info->segments);
-                                reply.set_cut(info->cut);
-                              }
-                              Answer(ToGrpcStatus(info.status()));
-                            });
+  void Start(SessionKey key, const v1::WaitPublishedRequest& request,
+             v1::WaitPublishedReply& reply) {
+    waiter_ = core_.WaitPublished(std::move(key), request.sequence_id(), request.length(),
+                                  [this, &reply](absl::StatusOr<PublishedInfo> info) {
+                                    if (info.ok()) {
+                                      reply.set_published_segments(info->segments);
+                                      reply.set_cut(info->cut);
+                                    }
+                                    Answer(ToGrpcStatus(info.status()));
+                                  });
   }
   void OnCancel() override { core_.CancelWait(waiter_); }
   void OnDone() override { delete this; }
@@ -58,7 +58,13 @@ class WaitCall : public CountedReactor<grpc::ServerUnaryReactor> {
 
 grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>* ClusterKvService::Session(
     grpc::CallbackServerContext* context) {
-  return new SessionReactor(counters_, core_, *context, attach_path_);
+  return new SessionReactor(counters_, core_, *context, attach_path_, grant_);
+}
+
+SessionKey ClusterKvService::KeyOf(const v1::SessionRef& session) const {
+  SessionKey key = FromProto(session);
+  key.grant = grant_;
+  return key;
 }
 
 grpc::ServerUnaryReactor* ClusterKvService::AllocateArena(grpc::CallbackServerContext*,
@@ -66,7 +72,7 @@ grpc::ServerUnaryReactor* ClusterKvService::AllocateArena(grpc::CallbackServerCo
                                                           v1::AllocateArenaReply* reply) {
   auto* call = new CoreCall(counters_, "AllocateArena");
   reply->set_boot_epoch(core_.boot_epoch());
-  core_.AllocateArena(FromProto(request->session()), request->bytes(),
+  core_.AllocateArena(KeyOf(request->session()), request->bytes(),
                       call->Complete<ArenaInfo>([reply](const ArenaInfo& info) {
                         reply->set_arena_id(info.arena);
                         reply->set_bytes(info.bytes);
@@ -84,7 +90,7 @@ grpc::ServerUnaryReactor* ClusterKvService::RegisterSequence(
     call->Answer(ToGrpcStatus(converted.status()));
     return call;
   }
-  core_.RegisterSequence(FromProto(request->session()), *converted,
+  core_.RegisterSequence(KeyOf(request->session()), *converted,
                          call->Complete<RegisterReply>([reply](const RegisterReply& registered) {
                            reply->set_sequence_id(registered.sequence);
                            reply->set_state_arena_id(registered.state_arena);
@@ -100,7 +106,7 @@ grpc::ServerUnaryReactor* ClusterKvService::IngestTokens(grpc::CallbackServerCon
   auto* call = new CoreCall(counters_, "IngestTokens");
   reply->set_boot_epoch(core_.boot_epoch());
   core_.IngestTokens(
-      FromProto(request->session()), FromProto(*request),
+      KeyOf(request->session()), FromProto(*request),
       call->Complete<uint32_t>([reply](uint32_t tokens) { reply->set_ingested_tokens(tokens); }));
   return call;
 }
@@ -110,7 +116,7 @@ grpc::ServerUnaryReactor* ClusterKvService::WaitPublished(grpc::CallbackServerCo
                                                           v1::WaitPublishedReply* reply) {
   auto* call = new WaitCall(counters_, core_);
   reply->set_boot_epoch(core_.boot_epoch());
-  call->Start(*request, *reply);
+  call->Start(KeyOf(request->session()), *request, *reply);
   return call;
 }
 
@@ -125,7 +131,7 @@ grpc::ServerUnaryReactor* ClusterKvService::FetchClusters(grpc::CallbackServerCo
     return call;
   }
   core_.FetchClusters(
-      FromProto(request->session()), *std::move(converted),
+      KeyOf(request->session()), *std::move(converted),
       call->Complete<std::vector<FetchResult>>([reply](std::vector<FetchResult> results) {
         for (FetchResult& result : results) {
           ToProto(std::move(result), *reply->add_results());
@@ -150,7 +156,7 @@ grpc::ServerUnaryReactor* ClusterKvService::ReleaseSequence(
     v1::ReleaseSequenceReply* reply) {
   auto* call = new CoreCall(counters_, "ReleaseSequence");
   reply->set_boot_epoch(core_.boot_epoch());
-  core_.ReleaseSequence(FromProto(request->session()), request->sequence_id(),
+  core_.ReleaseSequence(KeyOf(request->session()), request->sequence_id(),
                         call->Complete<bool>([](bool) {}));
   return call;
 }
@@ -161,13 +167,13 @@ grpc::ServerUnaryReactor* ClusterKvService::ListSequences(grpc::CallbackServerCo
   auto* call = new CoreCall(counters_, "ListSequences");
   reply->set_boot_epoch(core_.boot_epoch());
   std::optional<SessionKey> key;
-  if (request->has_session()) key = FromProto(request->session());
-  core_.ListSequences(std::move(key), call->Complete<std::vector<SequenceStatus>>(
-                                          [reply](const std::vector<SequenceStatus>& list) {
-                                            for (const SequenceStatus& status : list) {
-                                              ToProto(status, *reply->add_sequences());
-                                            }
-                                          }));
+  if (request->has_session()) key = KeyOf(request->session());
+  core_.ListSequences(
+      std::move(key),
+      call->Complete<std::vector<SequenceStatus>>([reply](const std::vector<SequenceStatus>& list) {
+        for (const SequenceStatus& status : list) ToProto(status, *reply->add_sequences());
+      }),
+      grant_);
   return call;
 }
 
@@ -175,7 +181,7 @@ grpc::ServerUnaryReactor* ClusterKvService::GetStatus(grpc::CallbackServerContex
                                                       const v1::GetStatusRequest*,
                                                       v1::GetStatusReply* reply) {
   auto* call = new CoreCall(counters_, "GetStatus");
-  ToProto(core_.status(), *reply);
+  ToProto(StatusOfGrant(core_.status(), grant_), *reply);
   call->Answer(grpc::Status::OK);
   return call;
 }

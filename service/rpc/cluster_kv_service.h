@@ -1,5 +1,6 @@
 // The ClusterKv gRPC service: translates, nothing else. Reactions never block: the core answers
-// through callbacks.
+// through callbacks. gRPC does not tell by which socket a call came, so each grant's server has one
+// of its own.
 #pragma once
 
 #include <string>
@@ -13,9 +14,9 @@ namespace clusterkv::service {
 
 class ClusterKvService : public v1::ClusterKv::CallbackService {
  public:
-  // Both must outlive it.
-  ClusterKvService(ServiceCore& core, RpcCounters& counters, std::string attach_path)
-      : core_(core), counters_(counters), attach_path_(std::move(attach_path)) {}
+  // `attach_path` is what workers are told. The core and the counters must outlive it.
+  ClusterKvService(ServiceCore& core, RpcCounters& counters, std::string attach_path, GrantId grant)
+      : core_(core), counters_(counters), attach_path_(std::move(attach_path)), grant_(grant) {}
 
   grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>* Session(
       grpc::CallbackServerContext* context) override;
@@ -48,9 +49,12 @@ class ClusterKvService : public v1::ClusterKv::CallbackService {
                                       v1::GetStatusReply* reply) override;
 
  private:
+  SessionKey KeyOf(const v1::SessionRef& session) const;
+
   ServiceCore& core_;
   RpcCounters& counters_;
   const std::string attach_path_;
+  const GrantId grant_;
 };
 
 }  // namespace clusterkv::service

@@ -55,6 +55,13 @@ absl::StatusOr<TensorPlace> FromProto(const v1::TensorRef& tensor, const char* n
   }
 }
 
+void ToProto(const HostPoolStatus& host, v1::HostBytes& bytes) {
+  bytes.set_total(host.total_bytes);
+  bytes.set_used(host.used_bytes);
+  bytes.set_reserved(host.reserved_bytes);
+  bytes.set_quarantined(host.quarantined_bytes);
+}
+
 v1::DType ToProto(gpu::DType dtype) {
   switch (dtype) {
     case gpu::DType::kBf16:
@@ -229,10 +236,7 @@ void ToProto(const DaemonStatus& status, v1::GetStatusReply& reply) {
   reply.set_not_ready_reason(status.not_ready_reason);
   reply.set_sessions(status.sessions.size());
   reply.set_sequences(status.sequences);
-  reply.mutable_host_bytes()->set_total(status.host.total_bytes);
-  reply.mutable_host_bytes()->set_used(status.host.used_bytes);
-  reply.mutable_host_bytes()->set_reserved(status.host.reserved_bytes);
-  reply.mutable_host_bytes()->set_quarantined(status.host.quarantined_bytes);
+  ToProto(status.host, *reply.mutable_host_bytes());
   reply.set_gpu_bytes_used(status.gpu_used_bytes);
   reply.set_uptime_seconds(status.uptime_seconds);
   for (const SessionStatus& session : status.sessions) {
@@ -246,6 +250,12 @@ void ToProto(const DaemonStatus& status, v1::GetStatusReply& reply) {
     info.set_gpu_bytes(session.gpu_bytes);
     info.set_age_seconds(session.age_seconds);
     info.set_attached(session.attached);
+    if (session.grant != kNoGrant) info.set_grant(GrantText(session.grant));
+  }
+  for (const GrantStatus& grant : status.grants) {
+    v1::GrantInfo& info = *reply.add_grant_list();
+    info.set_grant(GrantText(grant.grant));
+    ToProto(grant.host, *info.mutable_host_bytes());
   }
 }
 

@@ -9,6 +9,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -16,6 +18,7 @@
 #include "gpu/unique_fd.h"
 #include "service/rpc/cluster_kv_service.h"
 #include "service/rpc/rpc_counters.h"
+#include "service/rpc/without_reflection.h"
 #include "service/socket_lock.h"
 
 namespace clusterkv::service {
@@ -23,42 +26,47 @@ namespace {
 
 constexpr char kUnixPrefix[] = "unix:";
 constexpr int kMaxMessageBytes = 4 << 20;
+constexpr mode_t kGrantSocketMode = 0666;
 
 class GrpcServerImpl : public GrpcServer {
  public:
-  GrpcServerImpl(ServiceCore& core, const std::string& attach_path)
-      : service_(core, counters_, attach_path) {}
+  GrpcServerImpl(const GrpcServerOptions& options, ServiceCore& core)
+      : options_(options),
+        service_(core, RpcCounters::OfProcess(), options.attach_path, options.grant),
+        address_(options.listen) {}
   ~GrpcServerImpl() override { Shutdown(absl::ZeroDuration()); }
 
-  absl::Status Start(const std::string& listen) {
-    address_ = listen;
+  absl::Status Start() {
+    const std::string& listen = options_.listen;
     const bool local = listen.starts_with(kUnixPrefix);
-    if (local) {
-      const std::string path = listen.substr(sizeof(kUnixPrefix) - 1);
+    const bool granted = options_.grant != kNoGrant;
+    const std::string path = local ? listen.substr(sizeof(kUnixPrefix) - 1) : "";
+    if (local && !granted) {
       CKV_ASSIGN_OR_RETURN(lock_, LockSocketPath("listen", path));
-      unlink(path.c_str());
     }
+    if (local) unlink(path.c_str());
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
+    if (granted) builder.SetOption(std::make_unique<WithoutReflection>());
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
     int port = 0;
     builder.AddListeningPort(listen, grpc::InsecureServerCredentials(), &port);
     builder.RegisterService(&service_);
-    const mode_t before = umask(0117);
-    server_ = builder.BuildAndStart();
-    umask(before);
+    server_ = granted ? builder.BuildAndStart() : BuildForTheGroup(builder);
     if (server_ == nullptr || (!local && port == 0)) {
       server_.reset();
       return absl::UnavailableError(fmt::format("listen: cannot bind {}", listen));
+    }
+    if (granted && chmod(path.c_str(), kGrantSocketMode) != 0) {
+      return absl::ErrnoToStatus(errno, ("listen: cannot set the mode of " + path).c_str());
     }
     if (!local) address_ = listen.substr(0, listen.rfind(':') + 1) + std::to_string(port);
     return absl::OkStatus();
   }
 
   const std::string& address() const override { return address_; }
-  std::vector<RpcStatus> calls() const override { return counters_.status(); }
 
   void SetServing(bool serving) override {
     if (auto* health = server_->GetHealthCheckService()) {
@@ -76,7 +84,15 @@ class GrpcServerImpl : public GrpcServer {
   }
 
  private:
-  RpcCounters counters_;
+  // At start, before there are other threads that make files: the mask is the process's.
+  static std::unique_ptr<grpc::Server> BuildForTheGroup(grpc::ServerBuilder& builder) {
+    const mode_t before = umask(0117);
+    auto server = builder.BuildAndStart();
+    umask(before);
+    return server;
+  }
+
+  const GrpcServerOptions options_;
   ClusterKvService service_;
   gpu::UniqueFd lock_;  // released after the server has removed its socket
   std::string address_;
@@ -86,11 +102,10 @@ class GrpcServerImpl : public GrpcServer {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(const std::string& listen,
-                                                               const std::string& attach_path,
+absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(const GrpcServerOptions& options,
                                                                ServiceCore& core) {
-  auto server = std::make_unique<GrpcServerImpl>(core, attach_path);
-  CKV_RETURN_IF_ERROR(server->Start(listen));
+  auto server = std::make_unique<GrpcServerImpl>(options, core);
+  CKV_RETURN_IF_ERROR(server->Start());
   return std::unique_ptr<GrpcServer>(std::move(server));
 }
 

@@ -40,6 +40,11 @@ std::vector<std::string> Names(const std::vector<RpcStatus>& methods) {
 
 }  // namespace
 
+RpcCounters& RpcCounters::OfProcess() {
+  static RpcCounters* const counters = new RpcCounters;  // calls may end while the process does
+  return *counters;
+}
+
 RpcCounters::RpcCounters() : names_(Names(AllMethods())), methods_(AllMethods()) {}
 
 size_t RpcCounters::IndexOf(std::string_view method) const {

@@ -20,6 +20,9 @@ namespace clusterkv::service {
 // Thread-safe.
 class RpcCounters {
  public:
+  // Of all servers of this process, so that grants' servers count as well.
+  static RpcCounters& OfProcess();
+
   RpcCounters();  // all methods of clusterkv.v1.ClusterKv, at 0
 
   // REQUIRES: the service has such a method.

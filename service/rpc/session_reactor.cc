@@ -73,11 +73,13 @@ class SessionReactor::Sink : public SessionSink {
 };
 
 SessionReactor::SessionReactor(RpcCounters& counters, ServiceCore& core,
-                               grpc::CallbackServerContext& context, std::string attach_path)
+                               grpc::CallbackServerContext& context, std::string attach_path,
+                               GrantId grant)
     : CountedReactor(counters, "Session"),
       core_(core),
       context_(context),
       attach_path_(std::move(attach_path)),
+      grant_(grant),
       sink_(std::make_shared<Sink>(*this, core)) {
   StartRead(&request_);
 }
@@ -110,9 +112,11 @@ void SessionReactor::OnReadDone(bool ok) {
     return FinishOnce(why);
   }
   greeted_ = true;
-  core_.OpenSession(
-      FromProto(request_.hello()), sink_,
-      [sink = sink_](absl::StatusOr<WelcomeInfo> welcome) { sink->Welcomed(std::move(welcome)); });
+  HelloInfo hello = FromProto(request_.hello());
+  hello.grant = grant_;
+  core_.OpenSession(std::move(hello), sink_, [sink = sink_](absl::StatusOr<WelcomeInfo> welcome) {
+    sink->Welcomed(std::move(welcome));
+  });
   StartRead(&request_);
 }
 

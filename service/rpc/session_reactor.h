@@ -18,7 +18,7 @@ class SessionReactor
     : public CountedReactor<grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>> {
  public:
   SessionReactor(RpcCounters& counters, ServiceCore& core, grpc::CallbackServerContext& context,
-                 std::string attach_path);
+                 std::string attach_path, GrantId grant);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -36,6 +36,7 @@ class SessionReactor
   ServiceCore& core_;
   grpc::CallbackServerContext& context_;
   const std::string attach_path_;
+  const GrantId grant_;
   v1::SessionRequest request_;
   bool greeted_ = false;  // reads come one after another
 

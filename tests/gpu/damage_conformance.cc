@@ -197,6 +197,9 @@ TEST_P(OpsConformance, FetchWithoutItsHostChunkIsAnError) {
   const auto unmapped = PinnedChunkTable(*device_, sequence.layout().max_segments);
   TestBuffer queries(*device_, *stream_, 4 * 128);
   const QuerySource source = {.q = queries.data(), .batch_stride = 0, .head_stride = 128};
+  TestBuffer out(*device_, *stream_, 4 * 64 * sizeof(float));
+  const AttentionTarget target = {
+      .out = reinterpret_cast<float*>(out.data()), .batch_stride = 0, .head_stride = 64};
   DecodeOps& ops = device_->decode_ops();
   for (const std::byte* const* chunks :
        {reinterpret_cast<const std::byte* const*>(unmapped->data()),
@@ -207,6 +210,8 @@ TEST_P(OpsConformance, FetchWithoutItsHostChunkIsAnError) {
     ASSERT_TRUE(ops.BeginStep(*stream_, batch).ok());
     ASSERT_TRUE(ops.Select(*stream_, batch, 0, source, 10).ok());
     ASSERT_TRUE(ops.Fetch(*stream_, batch, 0).ok());
+    EXPECT_EQ(stream_->Synchronize().code(), absl::StatusCode::kFailedPrecondition);
+    ASSERT_TRUE(ops.DecodeLayer(*stream_, batch, 0, source, 10, target).ok());
     EXPECT_EQ(stream_->Synchronize().code(), absl::StatusCode::kFailedPrecondition);
   }
 }
@@ -261,7 +266,11 @@ TEST_P(OpsConformance, DamagedStateLeadsNowhereOutsideItself) {
     if (round % 3 == 1) {
       ASSERT_TRUE(ops.Select(*stream_, batch, 0, queries, 24).ok());
     }
-    ASSERT_TRUE(ops.Fetch(*stream_, batch, 0).ok());
+    if (round % 2 == 0) {
+      ASSERT_TRUE(ops.DecodeLayer(*stream_, batch, 0, queries, 24, target).ok());
+    } else {
+      ASSERT_TRUE(ops.Fetch(*stream_, batch, 0).ok());
+    }
     (void)stream_->Synchronize();  // may tell of the damage
     // The length is bounded by the sequence's, or attending would take for ever.
     ASSERT_TRUE(ops.Attend(*stream_, batch, 0, queries, target).ok());

@@ -171,7 +171,7 @@ DecodeChecker::Selection DecodeChecker::CheckSelection(size_t i, uint32_t layer,
 }
 
 void DecodeChecker::CheckCache(size_t i, uint32_t layer, uint32_t kv_head,
-                               const Selection& selection) {
+                               const Selection& selection, bool slot_table) {
   TestSequence& sequence = *sequences_[i];
   const StateLayout& layout = sequence.layout();
   Model& model = models_[i];
@@ -219,6 +219,33 @@ void DecodeChecker::CheckCache(size_t i, uint32_t layer, uint32_t kv_head,
   const auto free = sequence.state().Download<uint32_t>(layout.free_count + 4 * head, 1).front();
   EXPECT_EQ(free, layout.cache_tokens - used);
 
+  const size_t half = layout.row_bytes() / 2;
+  const auto cache = sequence.state().Download<std::byte>(
+      layout.cache + head * layout.cache_tokens * layout.row_bytes(),
+      layout.cache_tokens * layout.row_bytes());
+  const auto check_row = [&](uint32_t slot, uint32_t position) {
+    ASSERT_LT(slot, layout.cache_tokens);
+    const std::byte* const row = &cache[slot * layout.row_bytes()];
+    for (bool v : {false, true}) {
+      ASSERT_TRUE(std::equal(row + (v ? half : 0), row + (v ? 2 * half : half),
+                             sequence.token_bytes(layer, v, position, kv_head)))
+          << (v ? "V" : "K") << " of position " << position;
+    }
+  };
+  // Each row of a resident cluster lies in a slot of its own.
+  const auto slot_of_row = sequence.state().Download<uint32_t>(
+      layout.slot_of_row + 4 * head * layout.max_rows, layout.max_rows);
+  const auto entries = sequence.state().Download<ClusterEntry>(
+      layout.clusters + sizeof(ClusterEntry) * head * layout.max_clusters, clusters.size());
+  std::set<uint32_t> slots;
+  for (const auto& [cluster, step] : last_used) {
+    for (size_t r = 0; r < tokens(cluster); ++r) {
+      const uint32_t slot = slot_of_row[entries[cluster].first_row + r];
+      ASSERT_TRUE(slots.insert(slot).second) << "slot " << slot << " twice";
+      ASSERT_NO_FATAL_FAILURE(check_row(slot, clusters[cluster].positions[r]));
+    }
+  }
+  if (!slot_table) return;
   // The table leads to the bytes of the selected tokens, in order.
   std::vector<uint32_t> positions;
   for (size_t s = 0; s < selection.cluster.size(); ++s) {
@@ -230,18 +257,8 @@ void DecodeChecker::CheckCache(size_t i, uint32_t layer, uint32_t kv_head,
   ASSERT_EQ(count, positions.size());
   const auto table = sequence.state().Download<uint32_t>(
       layout.slot_table + 4 * size_t{kv_head} * layout.budget_tokens, count);
-  const size_t half = layout.row_bytes() / 2;
-  const auto cache = sequence.state().Download<std::byte>(
-      layout.cache + head * layout.cache_tokens * layout.row_bytes(),
-      layout.cache_tokens * layout.row_bytes());
   for (size_t s = 0; s < count; ++s) {
-    ASSERT_LT(table[s], layout.cache_tokens);
-    const std::byte* const row = &cache[table[s] * layout.row_bytes()];
-    for (bool v : {false, true}) {
-      ASSERT_TRUE(std::equal(row + (v ? half : 0), row + (v ? 2 * half : half),
-                             sequence.token_bytes(layer, v, positions[s], kv_head)))
-          << (v ? "V" : "K") << " of position " << positions[s];
-    }
+    ASSERT_NO_FATAL_FAILURE(check_row(table[s], positions[s]));
   }
 }
 
@@ -312,9 +329,14 @@ void DecodeChecker::Step(uint32_t budget) {
   for (uint32_t layer = 0; layer < shape().layers; ++layer) {
     UploadStep(layer);
     ASSERT_TRUE(ops.Append(stream_, batch_, layer, source).ok());
-    ASSERT_TRUE(ops.Select(stream_, batch_, layer, query_source_, budget).ok());
-    ASSERT_TRUE(ops.Fetch(stream_, batch_, layer).ok());
-    ASSERT_TRUE(ops.Attend(stream_, batch_, layer, query_source_, target_).ok());
+    const bool in_one = (steps_ + layer) % 2 == 1;
+    if (in_one) {
+      ASSERT_TRUE(ops.DecodeLayer(stream_, batch_, layer, query_source_, budget, target_).ok());
+    } else {
+      ASSERT_TRUE(ops.Select(stream_, batch_, layer, query_source_, budget).ok());
+      ASSERT_TRUE(ops.Fetch(stream_, batch_, layer).ok());
+      ASSERT_TRUE(ops.Attend(stream_, batch_, layer, query_source_, target_).ok());
+    }
     ASSERT_TRUE(stream_.Synchronize().ok());
     for (size_t i = 0; i < sequences_.size(); ++i) {
       for (uint32_t kv_head = 0; kv_head < shape().kv_heads; ++kv_head) {
@@ -322,7 +344,7 @@ void DecodeChecker::Step(uint32_t budget) {
                      " KV head " + std::to_string(kv_head));
         const Selection selection = CheckSelection(i, layer, kv_head, budget);
         if (testing::Test::HasFailure()) return;
-        CheckCache(i, layer, kv_head, selection);
+        CheckCache(i, layer, kv_head, selection, !in_one);
         CheckOutput(i, layer, kv_head, selection);
         if (testing::Test::HasFailure()) return;
       }
@@ -337,6 +359,7 @@ void DecodeChecker::Step(uint32_t budget) {
       EXPECT_EQ(counters.gathered_bytes, expected.gathered_bytes);
     }
   }
+  ++steps_;
   errors.assign(sequences_.size(), 99);
   ASSERT_TRUE(ops.EndStep(stream_, batch_, absl::MakeSpan(errors)).ok());
   ASSERT_TRUE(stream_.Synchronize().ok());

@@ -16,7 +16,8 @@ class DecodeChecker {
   DecodeChecker(Device& device, Stream& stream, std::vector<TestSequence*> sequences,
                 uint64_t seed);
 
-  // One whole step, all layers. Failures are reported by GoogleTest.
+  // One whole step, all layers; every other layer and step by DecodeLayer. Failures are reported by
+  // GoogleTest.
   void Step(uint32_t budget_tokens);
 
   // As the model counts them, over all steps and sequences.
@@ -39,7 +40,9 @@ class DecodeChecker {
   // [group][head_dim]
   std::vector<std::vector<double>> GroupQueries(size_t i, uint32_t kv_head) const;
   Selection CheckSelection(size_t i, uint32_t layer, uint32_t kv_head, uint32_t budget);
-  void CheckCache(size_t i, uint32_t layer, uint32_t kv_head, const Selection& selection);
+  // slot_table: an operation has left one.
+  void CheckCache(size_t i, uint32_t layer, uint32_t kv_head, const Selection& selection,
+                  bool slot_table);
   void CheckOutput(size_t i, uint32_t layer, uint32_t kv_head, const Selection& selection);
   std::vector<double> Scores(size_t i, uint32_t layer, uint32_t kv_head) const;
 
@@ -50,6 +53,7 @@ class DecodeChecker {
   std::vector<TestSequence*> sequences_;
   std::mt19937_64 random_;
   std::vector<Model> models_;
+  uint32_t steps_ = 0;
   std::vector<BatchSlot> batch_;
   std::vector<std::byte> host_queries_;
   std::vector<double> base_queries_;  // what steps vary, so that selections repeat in part

@@ -259,6 +259,12 @@ TEST_P(OpsConformance, StaleGenerationGivesNothingAndTouchesNothing) {
   ASSERT_TRUE(ops.Select(*stream_, batch, 1, source, 50).ok());
   ASSERT_TRUE(ops.Fetch(*stream_, batch, 1).ok());
   ASSERT_TRUE(ops.Attend(*stream_, batch, 1, source, target).ok());
+  ASSERT_TRUE(stream_->Synchronize().ok());
+  const auto separately = out.Download<float>(0, 2 * 6 * 64);
+  out.Upload(sevens.data(), sevens.size() * 4);
+  ASSERT_TRUE(ops.DecodeLayer(*stream_, batch, 1, source, 50, target).ok());
+  ASSERT_TRUE(stream_->Synchronize().ok());
+  EXPECT_EQ(out.Download<float>(0, 2 * 6 * 64), separately);
   std::vector<uint32_t> errors(2, 99);
   ASSERT_TRUE(ops.EndStep(*stream_, batch, absl::MakeSpan(errors)).ok());
   ASSERT_TRUE(stream_->Synchronize().ok());
@@ -326,11 +332,19 @@ TEST_P(OpsConformance, WrongArgumentsAreRefusedWhenEnqueued) {
   const KvSource kv = {.k = buffer.data(), .v = buffer.data(), .head_stride = 128};
   const AttentionTarget target = {.out = reinterpret_cast<float*>(buffer.data())};
   std::vector<absl::Status> refused = {
-      ops.Append(*stream_, batch, 2, kv),        ops.Append(*stream_, batch, 0, {}),
-      ops.Select(*stream_, batch, 2, q, 10),     ops.Select(*stream_, batch, 0, {}, 10),
-      ops.Select(*stream_, batch, 0, q, 51),     ops.Fetch(*stream_, batch, ~0u),
-      ops.Attend(*stream_, batch, 2, q, target), ops.Attend(*stream_, batch, 0, {}, target),
-      ops.Attend(*stream_, batch, 0, q, {}),     ops.EndStep(*stream_, batch, {}),
+      ops.Append(*stream_, batch, 2, kv),
+      ops.Append(*stream_, batch, 0, {}),
+      ops.Select(*stream_, batch, 2, q, 10),
+      ops.Select(*stream_, batch, 0, {}, 10),
+      ops.Select(*stream_, batch, 0, q, 51),
+      ops.Fetch(*stream_, batch, ~0u),
+      ops.Attend(*stream_, batch, 2, q, target),
+      ops.Attend(*stream_, batch, 0, {}, target),
+      ops.Attend(*stream_, batch, 0, q, {}),
+      ops.EndStep(*stream_, batch, {}),
+      ops.DecodeLayer(*stream_, batch, 2, q, 10, target),
+      ops.DecodeLayer(*stream_, batch, 0, q, 51, target),
+      ops.DecodeLayer(*stream_, batch, 0, q, 10, {}),
   };
   BatchSlot without_layout = sequence.slot();
   without_layout.layout = nullptr;

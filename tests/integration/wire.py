@@ -1,9 +1,11 @@
 """The wire as an outsider sees it: stubs made from proto/, at import, into a temporary folder.
 
-`wire.v1` holds every message, enum and stub of package clusterkv.v1.
+`wire.v1` holds every message, enum and stub of package clusterkv.v1, `wire.kubelet` those of the
+kubelet's device plugin interface.
 """
 
 import atexit
+import importlib
 import os
 import pathlib
 import shutil
@@ -15,6 +17,7 @@ from grpc_tools import protoc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PARTS = ("session", "sequence", "status", "attach", "clusterkv")
+KUBELET = "kubelet/deviceplugin/v1beta1/api"
 # Tells child processes where the stubs lie, so that they need not make their own.
 STUBS_VARIABLE = "CLUSTERKV_TEST_STUBS"
 
@@ -29,23 +32,24 @@ def _generate():
     proto = ROOT / "proto"
     code = protoc.main(["protoc", f"-I{proto}", f"--python_out={folder}",
                         f"--grpc_python_out={folder}",
-                        *(f"{proto}/clusterkv/v1/{part}.proto" for part in PARTS)])
+                        *(f"{proto}/clusterkv/v1/{part}.proto" for part in PARTS),
+                        f"{proto}/{KUBELET}.proto"])
     if code != 0:
         raise RuntimeError(f"protoc failed with {code}")
     os.environ[STUBS_VARIABLE] = folder
     return folder
 
 
-def _load():
-    sys.path.insert(0, _generate())
+def _names(*modules):
     names = {}
-    for part in PARTS:
-        module = __import__(f"clusterkv.v1.{part}_pb2", fromlist=["*"])
-        names.update({name: value for name, value in vars(module).items()
+    for module in modules:
+        loaded = importlib.import_module(module)
+        names.update({name: value for name, value in vars(loaded).items()
                       if not name.startswith("_")})
-    services = __import__("clusterkv.v1.clusterkv_pb2_grpc", fromlist=["*"])
-    names["ClusterKvStub"] = services.ClusterKvStub
     return types.SimpleNamespace(**names)
 
 
-v1 = _load()
+sys.path.insert(0, _generate())
+v1 = _names(*(f"clusterkv.v1.{part}_pb2" for part in PARTS), "clusterkv.v1.clusterkv_pb2_grpc")
+_api = KUBELET.replace("/", ".")
+kubelet = _names(f"{_api}_pb2", f"{_api}_pb2_grpc")

@@ -75,6 +75,7 @@ class Worker:
     """
 
     def __init__(self, address, name="outsider", attach=True, map_chunks=True):
+        self.address = address
         self.channel = channel_to(address)
         self.stub = v1.ClusterKvStub(self.channel)
         self.map_chunks = map_chunks
@@ -139,7 +140,9 @@ class Worker:
             self.draining = event.draining
 
     def attach(self):
-        self.attach_socket = AttachSocket(self.welcome.attach_path)
+        # A relative path begins at the folder of the gRPC socket.
+        folder = os.path.dirname(self.address.removeprefix("unix:"))
+        self.attach_socket = AttachSocket(os.path.join(folder, self.welcome.attach_path))
         self.attach_socket.hello(self.welcome.session_token, self.boot_epoch)
         event, _ = self.attach_socket.receive()
         assert event.WhichOneof("event") == "attached", event

@@ -134,21 +134,31 @@ HelloInfo CoreTest::Hello() {
   return hello;
 }
 
-CoreTest::Worker CoreTest::Open() {
+absl::Status CoreTest::OpenOn(GrantId grant) {
+  Reply<WelcomeInfo> reply;
+  HelloInfo hello = Hello();
+  hello.grant = grant;
+  core_->OpenSession(std::move(hello), std::make_shared<FakeWorker>(*core_), reply.done());
+  return reply.Get().status();
+}
+
+CoreTest::Worker CoreTest::Open(GrantId grant) {
   auto worker = std::make_shared<FakeWorker>(*core_);
   Reply<WelcomeInfo> reply;
-  core_->OpenSession(Hello(), worker, reply.done());
+  HelloInfo hello = Hello();
+  hello.grant = grant;
+  core_->OpenSession(std::move(hello), worker, reply.done());
   const auto welcome = reply.Get();
   EXPECT_TRUE(welcome.ok()) << welcome.status();
   if (welcome.ok()) {
     worker->session = welcome->session;
-    worker->key = {.token = welcome->token, .boot_epoch = kEpoch};
+    worker->key = {.token = welcome->token, .boot_epoch = kEpoch, .grant = grant};
   }
   return worker;
 }
 
-CoreTest::Worker CoreTest::Attached() {
-  Worker worker = Open();
+CoreTest::Worker CoreTest::Attached(GrantId grant) {
+  Worker worker = Open(grant);
   const auto session = Attach(worker, worker->key);
   EXPECT_TRUE(session.ok()) << session.status();
   const auto arena = AllocateArena(worker, kRing);

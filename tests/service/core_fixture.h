@@ -110,8 +110,9 @@ class CoreTest : public testing::Test {
   void StartCore(CoreOptions options = {});
 
   static HelloInfo Hello();
-  Worker Open();      // a session that has not attached
-  Worker Attached();  // with a ring
+  absl::Status OpenOn(GrantId grant);         // a session that nobody hears of
+  Worker Open(GrantId grant = kNoGrant);      // a session that has not attached
+  Worker Attached(GrantId grant = kNoGrant);  // with a ring
   absl::StatusOr<SessionId> Attach(const Worker& worker, SessionKey key);
   absl::StatusOr<ArenaInfo> AllocateArena(const Worker& worker, uint64_t bytes);
 

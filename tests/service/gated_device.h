@@ -144,6 +144,11 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
                       const gpu::AttentionTarget& target) override {
     return device_->decode_ops().Attend(stream, batch, layer, queries, target);
   }
+  absl::Status DecodeLayer(gpu::Stream& stream, gpu::Batch batch, uint32_t layer,
+                           const gpu::QuerySource& queries, uint32_t budget_tokens,
+                           const gpu::AttentionTarget& target) override {
+    return device_->decode_ops().DecodeLayer(stream, batch, layer, queries, budget_tokens, target);
+  }
   absl::Status EndStep(gpu::Stream& stream, gpu::Batch batch,
                        absl::Span<uint32_t> errors) override {
     absl::Status status = device_->decode_ops().EndStep(stream, batch, errors);

@@ -50,10 +50,10 @@ Scenario MakeScenario(uint32_t layers, uint32_t heads, uint32_t max_tokens) {
 // order of admission, but later.
 class Ingest {
  public:
-  Ingest(HostPool& pool, const Scenario& scenario)
+  Ingest(HostAccount& account, const Scenario& scenario)
       : scenario_(scenario),
-        chunks_(pool),
-        memory_(pool, chunks_),
+        chunks_(account),
+        memory_(account, chunks_),
         table_(memory_, scenario.shape, scenario.method, scenario.max_tokens) {}
   ~Ingest() {
     memory_.QuarantineAll();
@@ -189,7 +189,7 @@ TEST_F(PieceTableTest, PromptFillsPiecesFromTheSinksOn) {
   Scenario scenario = MakeScenario(1, 1, 1000);
   scenario.method.sink_tokens = 4;
   scenario.method.prompt_segment_tokens = 10;
-  Ingest ingest(*pool_, scenario);
+  Ingest ingest(pool_.account(), scenario);
   ASSERT_TRUE(ingest.Admit(0, 1, 0, 3, false).ok());  // sinks alone
   EXPECT_EQ(ingest.table().bytes(), 0u);
   ASSERT_TRUE(ingest.Admit(0, 1, 3, 25, false).ok());
@@ -205,7 +205,7 @@ TEST_F(PieceTableTest, PromptEndMovesTheWindowIntoDecodePieces) {
   scenario.method.min_window_tokens = 12;
   scenario.method.prompt_segment_tokens = 10;
   scenario.method.decode_segment_tokens = 8;
-  Ingest ingest(*pool_, scenario);
+  Ingest ingest(pool_.account(), scenario);
   ASSERT_TRUE(ingest.Admit(0, 1, 0, 30, true).ok());  // window [18, 30)
   ingest.StageAll();
   EXPECT_EQ(ingest.table().piece(0, 1).begin, 14u);
@@ -219,7 +219,7 @@ TEST_F(PieceTableTest, PromptShorterThanTheSinksHasNoPieces) {
   Scenario scenario = MakeScenario(1, 1, 100);
   scenario.method.sink_tokens = 16;
   scenario.method.decode_segment_tokens = 8;
-  Ingest ingest(*pool_, scenario);
+  Ingest ingest(pool_.account(), scenario);
   ASSERT_TRUE(ingest.Admit(0, 1, 0, 5, true).ok());
   ASSERT_TRUE(ingest.Admit(0, 1, 5, 15, false).ok());
   EXPECT_EQ(ingest.table().bytes(), 0u);
@@ -233,7 +233,7 @@ TEST_F(PieceTableTest, LastPieceEndsAtMaxTokens) {
   Scenario scenario = MakeScenario(1, 1, 21);
   scenario.method.sink_tokens = 0;
   scenario.method.prompt_segment_tokens = 10;
-  Ingest ingest(*pool_, scenario);
+  Ingest ingest(pool_.account(), scenario);
   ASSERT_TRUE(ingest.Admit(0, 1, 0, 21, false).ok());
   EXPECT_EQ(ingest.table().piece(0, 2).capacity, 1u);
 }
@@ -284,7 +284,7 @@ TEST_F(PieceTableTest, RandomHistoriesKeepEveryTokenInOnePlace) {
     SCOPED_TRACE("round " + std::to_string(round) + ": " + Describe(scenario) + " prompt " +
                  std::to_string(prompt) + " length " + std::to_string(length));
     {
-      Ingest ingest(*pool_, scenario);
+      Ingest ingest(pool_.account(), scenario);
       std::vector<uint32_t> accepted(scenario.shape.layers);
       ASSERT_NO_FATAL_FAILURE(IngestAtRandom(ingest, accepted, prompt, length, random));
       ASSERT_NO_FATAL_FAILURE(ingest.ExpectAllInPlace(prompt, length));
@@ -303,7 +303,7 @@ TEST_F(PieceTableTest, AnAbandonedHistoryFreesAllItHad) {
   for (int round = 0; round < 100; ++round) {
     Scenario scenario = RandomScenario(random);
     scenario.max_tokens = 200;
-    Ingest ingest(*pool_, scenario);
+    Ingest ingest(pool_.account(), scenario);
     ASSERT_TRUE(ingest.Admit(0, 1, 0, 50, false).ok());
     // The prompt's end is committed, but never finished.
     ASSERT_TRUE(ingest.Admit(0, 1, 50, 120, true).ok());
@@ -329,7 +329,7 @@ TEST(PieceTable, ARefusedRangeTakesNothing) {
     const auto before = static_cast<uint32_t>(1 + random() % 100);
     const auto end = static_cast<uint32_t>(before + 1 + random() % 1000);
     SCOPED_TRACE("round " + std::to_string(round) + ": " + Describe(scenario));
-    Ingest ingest(*pool, scenario);
+    Ingest ingest(pool.account(), scenario);
     if (!ingest.memory().AddReservation(static_cast<double>(random() % 3)).ok()) continue;
     if (!ingest.Admit(0, 3, 0, before, false).ok()) continue;
     ingest.StageAll();
@@ -369,7 +369,7 @@ TEST_F(PieceTableTest, ReservedMemoryIsEnough) {
                                                    scenario.max_tokens, kChunk);
     SCOPED_TRACE("round " + std::to_string(round) + ": " + Describe(scenario) + " prompt " +
                  std::to_string(prompt) + " length " + std::to_string(length));
-    Ingest ingest(*pool_, scenario);
+    Ingest ingest(pool_.account(), scenario);
     ASSERT_TRUE(ingest.memory().AddReservation(needed).ok());
     // Decoding starts when the prompt has been staged: its last piece is cut by then.
     std::vector<uint32_t> accepted(scenario.shape.layers);

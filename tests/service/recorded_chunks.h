@@ -11,7 +11,7 @@ namespace clusterkv::service {
 
 class RecordedChunks : public ChunkEvents {
  public:
-  explicit RecordedChunks(HostPool& pool) : pool_(pool) {}
+  explicit RecordedChunks(HostAccount& account) : account_(account) {}
 
   void OnChunkLent(uint32_t chunk, PoolChunk) override {
     granted.insert(chunk);
@@ -31,7 +31,7 @@ class RecordedChunks : public ChunkEvents {
     Recycle();
   }
   void Recycle() {
-    for (const PoolChunk chunk : std::exchange(returned, {})) pool_.Recycle(chunk);
+    for (const PoolChunk chunk : std::exchange(returned, {})) account_.Recycle(chunk);
   }
 
   std::set<uint32_t> granted, revoked;
@@ -39,7 +39,7 @@ class RecordedChunks : public ChunkEvents {
   size_t lent = 0;
 
  private:
-  HostPool& pool_;
+  HostAccount& account_;
 };
 
 }  // namespace clusterkv::service

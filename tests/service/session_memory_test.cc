@@ -24,8 +24,8 @@ class SessionMemoryTest : public testing::Test {
   uint64_t quarantined() const { return pool_->status().quarantined_bytes / kChunk; }
 
   TemporaryPool pool_{4, kChunk};
-  RecordedChunks chunks_{*pool_};
-  SessionMemory memory_{*pool_, chunks_};
+  RecordedChunks chunks_{pool_.account()};
+  SessionMemory memory_{pool_.account(), chunks_};
 };
 
 TEST_F(SessionMemoryTest, FractionsOfSequencesAddUpToWholeChunks) {
@@ -53,8 +53,8 @@ TEST_F(SessionMemoryTest, RefusedReservationChangesNothing) {
 }
 
 TEST_F(SessionMemoryTest, ReservationsOfSessionsDoNotOverlap) {
-  RecordedChunks others(*pool_);
-  SessionMemory other(*pool_, others);
+  RecordedChunks others(pool_.account());
+  SessionMemory other(pool_.account(), others);
   ASSERT_TRUE(memory_.AddReservation(3).ok());
   EXPECT_EQ(other.AddReservation(1.5).code(), absl::StatusCode::kResourceExhausted);
   ASSERT_TRUE(other.AddReservation(1).ok());
@@ -186,7 +186,7 @@ TEST_F(SessionMemoryTest, EndQuarantinesAllUntilTheWorkerIsGone) {
 // Sessions that share a pool, against the sums that must hold after each step.
 class RandomSession {
  public:
-  explicit RandomSession(HostPool& pool) : chunks_(pool), memory_(pool, chunks_) {}
+  explicit RandomSession(HostAccount& account) : chunks_(account), memory_(account, chunks_) {}
 
   void Step(std::mt19937_64& random) {
     switch (random() % 6) {
@@ -246,7 +246,9 @@ TEST(SessionMemory, RandomHistoriesKeepThePoolsAccount) {
   TemporaryPool pool(12, kChunk);
   for (int round = 0; round < 50; ++round) {
     std::vector<std::unique_ptr<RandomSession>> sessions;
-    for (int i = 0; i < 3; ++i) sessions.push_back(std::make_unique<RandomSession>(*pool));
+    for (int i = 0; i < 3; ++i) {
+      sessions.push_back(std::make_unique<RandomSession>(pool.account()));
+    }
     for (int step = 0; step < 300; ++step) {
       sessions[random() % sessions.size()]->Step(random);
       uint64_t lent = 0, reserved = 0, quarantined = 0;

@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <future>
 #include <memory>
 #include <string>
@@ -151,6 +152,27 @@ TEST(TaskQueue, TakesTasksFromManyThreads) {
   for (std::thread& thread : threads) thread.join();
   queue.Stop();
   EXPECT_EQ(ran, kThreads * kTasks);
+}
+
+TEST(TaskQueue, PollsBetweenTasksAndSleepsAfterwards) {
+  TaskQueue queue("poll", 10, std::chrono::milliseconds(20));
+  std::atomic<int> ran = 0;
+  for (int i = 0; i < 50; ++i) {
+    // Some find it polling, some asleep.
+    if (i % 10 == 9) std::this_thread::sleep_for(std::chrono::milliseconds(40));
+    std::promise<void> done;
+    ASSERT_TRUE(queue.TryPost([&] {
+      ++ran;
+      done.set_value();
+    }));
+    done.get_future().wait();
+  }
+  EXPECT_EQ(ran, 50);
+  queue.Post([&ran] { ++ran; });
+  queue.Drain();
+  EXPECT_EQ(ran, 51);
+  queue.Stop();  // while it polls
+  EXPECT_FALSE(queue.TryPost([] {}));
 }
 
 }  // namespace

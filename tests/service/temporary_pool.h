@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "service/host_account.h"
 #include "service/host_pool.h"
 
 namespace clusterkv::service {
@@ -40,16 +41,20 @@ class TemporaryPool {
                                   .chunk_bytes = chunk_bytes});
     if (!pool.ok()) std::abort();
     pool_ = *std::move(pool);
+    accounts_ = std::make_unique<HostAccounts>(*pool_, /*offered_bytes=*/0);
   }
 
   HostPool& operator*() const { return *pool_; }
   HostPool* operator->() const { return pool_.get(); }
+  // All of the pool.
+  HostAccount& account() const { return *accounts_->Find(kNoGrant); }
   // The pool alone; the directory stays.
   std::unique_ptr<HostPool> Take() { return std::move(pool_); }
 
  private:
   TemporaryDirectory directory_;
   std::unique_ptr<HostPool> pool_;
+  std::unique_ptr<HostAccounts> accounts_;
 };
 
 }  // namespace clusterkv::service

@@ -14,7 +14,7 @@ namespace clusterkv::gpu::cuda {
 
 constexpr uint32_t kMaxBatch = 512;
 constexpr uint32_t kMaxGroup = 16;     // query heads that share a KV head
-constexpr uint32_t kRowsPerPart = 64;  // rows that one block of Attend reads
+constexpr uint32_t kRowsPerPart = 64;  // rows that are worth a block of Attend
 
 struct DeviceSlot {
   std::byte* state;
@@ -28,13 +28,22 @@ struct DeviceSlot {
   StateBlock block;
 };
 
+// A cluster on its way from the host store.
+struct MissedCluster {
+  const std::byte* source;  // its first row, mapped for the device
+  uint32_t first_row;
+  uint32_t before;  // missed rows of the clusters before it
+};
+
 // Memory of the layer that is being decoded, shared by the whole batch; for [slot][kv_head].
 struct DecodeScratch {
-  float* scores;         // [score_stride]: [group][clusters], then the group's keys in the first
-  uint64_t* chosen;      // [chosen_stride]: key and id of what was selected, or of victims
-  uint32_t* taken;       // [clusters]: tokens attended exactly, for the estimate
-  float* partials;       // [parts][group][head_dim]: output
-  float2* partial_sums;  // [parts][group]: largest logit, sum
+  float* scores;          // [score_stride]: [group][clusters], then the group's keys in the first
+  uint64_t* chosen;       // [chosen_stride]: key and id of what was selected, or of victims
+  uint32_t* taken;        // [clusters]: tokens attended exactly, for the estimate
+  uint32_t* keys;         // [3][clusters]: keys, sizes, rows, where shared memory cannot hold them
+  MissedCluster* misses;  // [clusters]
+  float* partials;        // [parts][group][head_dim]: output
+  float2* partial_sums;   // [parts][group]: largest logit, sum
   uint32_t* select_tickets;  // [1]: blocks that have scored
   uint32_t* attend_tickets;  // [1]: blocks that have attended
   // Of each slot: host chunk addresses as begin-step found them, and the step that they are of.

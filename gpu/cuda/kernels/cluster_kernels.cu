@@ -41,7 +41,8 @@ __global__ void StageKernel(const __grid_constant__ StageLaunch args) {
   const size_t plane = args.range_tokens * token;
   const std::byte* const k =
       args.range + layer * args.layer_stride + args.first_token * token + head * half;
-  std::byte* const rows = args.destinations[blockIdx.y];
+  std::byte* const rows =
+      args.destinations != nullptr ? args.destinations[blockIdx.y] : args.few[blockIdx.y];
   const uint32_t half_words = half / 16;
   const uint32_t begin = blockIdx.x * kTokensPerBlock;
   const uint32_t count = min(kTokensPerBlock, args.count - begin);

@@ -19,7 +19,10 @@ struct StageLaunch {
   const std::byte* range;
   size_t layer_stride;  // not 0
   uint32_t range_tokens, first_token, count, layer_count, kv_heads, head_dim;
-  std::byte* const* destinations;  // [layer_count * kv_heads]
+  std::byte* const* destinations;  // [layer_count * kv_heads]; null: they are `few`
+  // A served step's: an upload of so little costs more than the staging.
+  static constexpr uint32_t kFew = 256;
+  std::byte* few[kFew];
 };
 cudaError_t LaunchStage(const StageLaunch& args, cudaStream_t stream);
 

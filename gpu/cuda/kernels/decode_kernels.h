@@ -78,4 +78,10 @@ struct OutputLaunch {
 cudaError_t LaunchAttend(const BatchShape& shape, uint32_t layer, const QueryLaunch& queries,
                          const OutputLaunch& target, uint32_t parts, cudaStream_t stream);
 
+// Select, Fetch and Attend in one launch; leaves no slot table. Compute capability 9.0 and later.
+constexpr uint32_t kMostLayerBudget = 8192;
+cudaError_t LaunchDecodeLayer(const BatchShape& shape, uint32_t layer, const QueryLaunch& queries,
+                              uint32_t budget_tokens, const OutputLaunch& target, uint32_t clusters,
+                              cudaStream_t stream);
+
 }  // namespace clusterkv::gpu::cuda

@@ -9,11 +9,12 @@
 // 128 KiB in flight for each head (design D5), while the other warps write the slot table. What is
 // chosen, touched and evicted is what the host backend would; which free slot a row gets is not
 // determined, and shows nowhere.
+#include "gpu/cuda/kernels/block_sums.cuh"
 #include "gpu/cuda/kernels/bulk_copy.cuh"
+#include "gpu/cuda/kernels/cluster_cache.cuh"
 #include "gpu/cuda/kernels/decode_kernels.h"
 #include "gpu/cuda/kernels/overlapped_launch.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
-#include "gpu/cuda/kernels/weighted_prefix.cuh"
 
 namespace clusterkv::gpu::cuda {
 namespace {
@@ -32,63 +33,19 @@ constexpr uint32_t kCopyBytes = kCopyLanes * 2 * kPieceBytes;
 struct FetchShared {
   SharedSlot slot;
   uint32_t hits, hit_tokens, misses, missed_tokens;
-  uint32_t freed;  // free slots, going up while clusters are evicted
   bool damaged;
-  uint32_t warp_sums[3][kWarps];
+  BlockSums<kThreads, 3> sums;
   // Of kThreads selected clusters at a time: where each one's slots begin in the table; and the
   // misses among them, with where each one's rows begin among all missed rows of these.
   uint32_t table_begin[kThreads];
   uint32_t miss_begin[kThreads + 1];
   uint32_t miss_first_row[kThreads];
   const std::byte* miss_source[kThreads];
-  PrefixShared<kThreads> prefix;
+  EvictShared<kThreads> evict;
   uint64_t barriers[kCopyLanes][2];
   uint32_t phases[kCopyLanes];  // a bit for each buffer: the phase that comes next
   uint32_t keys[kInShared], weights[kInShared];
 };
-
-struct Sums {
-  uint32_t values[3];
-};
-
-// Sums over the threads before this one; the totals to all.
-__device__ Sums ExclusiveSums(const Sums& own, Sums& totals, FetchShared& shared) {
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Sums before;
-  for (int v = 0; v < 3; ++v) {
-    uint32_t sum = own.values[v];
-    for (uint32_t step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
-    before.values[v] = sum - own.values[v];
-    if (lane == 31) shared.warp_sums[v][warp] = sum;
-  }
-  __syncthreads();
-  for (int v = 0; v < 3; ++v) {
-    totals.values[v] = 0;
-    for (uint32_t w = 0; w < kWarps; ++w) {
-      if (w < warp) before.values[v] += shared.warp_sums[v][w];
-      totals.values[v] += shared.warp_sums[v][w];
-    }
-  }
-  __syncthreads();
-  return before;
-}
-
-// Where a chunk is mapped in this process; null if it is not.
-__device__ const std::byte* FindChunk(const DeviceSlot& slot, const StepLatch& latch,
-                                      const DecodeScratch& scratch, uint32_t index,
-                                      uint32_t chunk) {
-  if (slot.host_chunks == nullptr) return nullptr;
-  const uint2 of = scratch.chunk_steps[index];
-  const std::byte* found = nullptr;
-  if (chunk < min(slot.chunk_count, scratch.chunk_stride) && of.x == slot.generation &&
-      of.y == latch.step) {
-    found = scratch.chunks[size_t{index} * scratch.chunk_stride + chunk];
-  }
-  return found != nullptr ? found : LoadHostChunk(slot.host_chunks, chunk);
-}
 
 // The last begin that is not above `row`; begins[0] = 0.
 __device__ uint32_t FindMiss(const uint32_t* begins, uint32_t misses, uint32_t row) {
@@ -98,53 +55,6 @@ __device__ uint32_t FindMiss(const uint32_t* begins, uint32_t misses, uint32_t r
     (begins[middle] <= row ? low : high) = middle;
   }
   return low;
-}
-
-// Frees the slots of the least recently used clusters until `needed` more are free.
-__device__ void Evict(const DeviceState& state, size_t head, uint32_t clusters, uint32_t needed,
-                      const DecodeScratch& scratch, size_t item, FetchShared& shared) {
-  const StateBlock& block = state.block();
-  const ClusterEntry* const entries = state.clusters(head);
-  uint32_t* const last_used = state.last_used(head);
-  const uint32_t step = shared.slot.latch.step;
-  const bool in_shared = clusters <= kInShared;
-  // Select is done with the first query head's scores; what the estimate needs stays.
-  uint32_t* const keys =
-      in_shared ? shared.keys
-                : reinterpret_cast<uint32_t*>(scratch.scores + item * scratch.score_stride);
-  uint32_t* const weights = in_shared ? shared.weights : keys + scratch.clusters;
-  for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
-    const uint32_t used = last_used[c];
-    // Least recently used first. 0 is no victim: not resident, or of this step.
-    keys[c] = used == 0 || used == step ? 0 : max(1u, ~used);
-    weights[c] = state.ClusterTokens(entries[c]);
-  }
-  __syncthreads();
-  uint64_t* const victims = scratch.chosen + item * scratch.chosen_stride;
-  const uint32_t count =
-      ChoosePrefix<kThreads>(keys, weights, clusters, needed, victims, shared.prefix);
-  uint32_t* const free_slots = state.free_slots(head);
-  const uint32_t* const slot_of_row = state.slot_of_row(head);
-  const uint32_t lane = threadIdx.x % 32;
-  for (uint32_t i = threadIdx.x / 32; i < count; i += kWarps) {
-    const uint32_t cluster = ItemId(victims[i]);
-    const ClusterEntry entry = entries[cluster];
-    const uint32_t tokens = state.ClusterTokens(entry);
-    uint32_t first = 0;
-    if (lane == 0) {
-      first = atomicAdd(&shared.freed, tokens);
-      last_used[cluster] = 0;
-    }
-    first = __shfl_sync(0xffffffffu, first, 0);
-    if (uint64_t{first} + tokens > block.cache_tokens) {
-      shared.damaged = true;
-      continue;
-    }
-    for (uint32_t row = lane; row < tokens; row += 32) {
-      free_slots[first + row] = slot_of_row[entry.first_row + row];
-    }
-  }
-  __syncthreads();
 }
 
 // Slots for `rows` missed rows, from the stack's top. All threads.
@@ -309,8 +219,8 @@ __global__ void __launch_bounds__(kThreads)
   const ClusterEntry* const entries = state.clusters(head);
   if (threadIdx.x == 0) {
     shared.hits = shared.hit_tokens = shared.misses = shared.missed_tokens = 0;
-    shared.damaged = false;
-    shared.freed = state.free_count(head);
+    shared.damaged = shared.evict.damaged = false;
+    shared.evict.freed = state.free_count(head);
   }
   PrepareGather(shared);
   __syncthreads();
@@ -336,16 +246,24 @@ __global__ void __launch_bounds__(kThreads)
     atomicAdd(&shared.misses, misses), atomicAdd(&shared.missed_tokens, missed_tokens);
   __syncthreads();
   const uint32_t needed = shared.missed_tokens;
-  if (shared.damaged || shared.freed > block.cache_tokens || needed > block.cache_tokens) {
+  if (shared.damaged || shared.evict.freed > block.cache_tokens || needed > block.cache_tokens) {
     if (threadIdx.x == 0) {
       state.slot_count(kv_head) = 0;
       Report(fault, KernelFault::kDamagedState, layer);
     }
     return;
   }
-  if (needed > shared.freed) {
-    Evict(state, head, clusters, needed - shared.freed, table->scratch, item, shared);
-    if (shared.damaged || shared.freed < needed) {
+  if (needed > shared.evict.freed) {
+    // Select is done with the first query head's scores; what the estimate needs stays.
+    const DecodeScratch& scratch = table->scratch;
+    const bool in_shared = clusters <= kInShared;
+    auto* const keys =
+        in_shared ? shared.keys
+                  : reinterpret_cast<uint32_t*>(scratch.scores + item * scratch.score_stride);
+    Evict<kThreads>(state, head, clusters, needed - shared.evict.freed, step, keys,
+                    in_shared ? shared.weights : keys + scratch.clusters,
+                    scratch.chosen + item * scratch.chosen_stride, shared.evict);
+    if (shared.evict.damaged || shared.evict.freed < needed) {
       if (threadIdx.x == 0) {
         state.slot_count(kv_head) = 0;
         Report(fault, KernelFault::kDamagedState, layer);
@@ -353,7 +271,7 @@ __global__ void __launch_bounds__(kThreads)
       return;
     }
   }
-  const uint32_t free = shared.freed;
+  const uint32_t free = shared.evict.freed;
   __syncthreads();
 
   // Where each cluster's rows begin in the table, and each miss's slots on the stack.
@@ -370,12 +288,11 @@ __global__ void __launch_bounds__(kThreads)
       attended = min(min(take[i], tokens), block.budget_tokens);
       missed = last_used[cluster] == 0;
     }
-    Sums totals;
-    const Sums before =
-        ExclusiveSums({{attended, missed ? tokens : 0, missed ? 1u : 0u}}, totals, shared);
-    shared.table_begin[threadIdx.x] = table_begin + before.values[0];
+    uint32_t totals[3], before[3] = {attended, missed ? tokens : 0, missed ? 1u : 0u};
+    ExclusiveSums(before, totals, shared.sums);
+    shared.table_begin[threadIdx.x] = table_begin + before[0];
     // In a damaged state (step 0) hits may have become misses: no slots were set aside for those.
-    if (missed_begin + totals.values[1] > needed) {
+    if (missed_begin + totals[1] > needed) {
       if (threadIdx.x == 0) shared.damaged = true;
     } else if (missed) {
       const ClusterEntry entry = entries[cluster];
@@ -385,19 +302,19 @@ __global__ void __launch_bounds__(kThreads)
         Report(fault, KernelFault::kChunkNotMapped, entry.chunk);
         shared.damaged = true;
       }
-      const uint32_t miss = before.values[2];
-      shared.miss_begin[miss] = before.values[1];
+      const uint32_t miss = before[2];
+      shared.miss_begin[miss] = before[1];
       shared.miss_first_row[miss] = entry.first_row;
       shared.miss_source[miss] = chunk + size_t{16} * entry.chunk_offset;
     }
     __syncthreads();
     if (shared.damaged) break;
-    const bool misses = totals.values[2] > 0;
+    const bool misses = totals[2] > 0;
     if (misses) {
-      AssignSlots(state, head, totals.values[2], totals.values[1], free - missed_begin, shared);
+      AssignSlots(state, head, totals[2], totals[1], free - missed_begin, shared);
       __syncthreads();
       if (shared.damaged) break;
-      Gather(state, head, totals.values[2], totals.values[1], free - missed_begin, buffers, shared);
+      Gather(state, head, totals[2], totals[1], free - missed_begin, buffers, shared);
     }
     // A warp for each cluster, in turn.
     const uint32_t lane = threadIdx.x % 32;
@@ -413,8 +330,8 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (missed) last_used[cluster] = step;
-    table_begin += totals.values[0];
-    missed_begin += totals.values[1];
+    table_begin += totals[0];
+    missed_begin += totals[1];
     __syncthreads();
   }
   __syncthreads();

@@ -7,6 +7,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace clusterkv::gpu::cuda {
 
 // First in every kernel that LaunchOverlapped launches, by all threads.
@@ -17,22 +19,38 @@ __device__ inline void FollowPredecessor() {
 #endif
 }
 
-// `overlap`: the device can (compute capability 9.0 and later).
+// `overlap`: the device can (compute capability 9.0 and later). team: blocks of the grid's x that
+// form a thread block cluster; 1: none.
 template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchOverlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                             size_t shared_bytes, cudaStream_t stream,
+cudaError_t LaunchOverlapped(bool overlap, uint32_t team, void (*kernel)(Parameters...), dim3 grid,
+                             dim3 block, size_t shared_bytes, cudaStream_t stream,
                              const Arguments&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.attrs = attributes;
+  if (overlap) {
+    cudaLaunchAttribute& own = attributes[config.numAttrs++];
+    own.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    own.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (team > 1) {
+    cudaLaunchAttribute& own = attributes[config.numAttrs++];
+    own.id = cudaLaunchAttributeClusterDimension;
+    own.val.clusterDim.x = team;
+    own.val.clusterDim.y = own.val.clusterDim.z = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchOverlapped(bool overlap, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                             size_t shared_bytes, cudaStream_t stream,
+                             const Arguments&... arguments) {
+  return LaunchOverlapped(overlap, 1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace clusterkv::gpu::cuda

@@ -8,8 +8,8 @@
 // scores differ by more than rounding.
 #include <cfloat>
 
+#include "gpu/cuda/kernels/centroid_scores.cuh"
 #include "gpu/cuda/kernels/decode_kernels.h"
-#include "gpu/cuda/kernels/numeric.cuh"
 #include "gpu/cuda/kernels/overlapped_launch.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
 #include "gpu/cuda/kernels/weighted_prefix.cuh"
@@ -17,20 +17,13 @@
 namespace clusterkv::gpu::cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr uint32_t kThreads = 512;
-constexpr uint32_t kUnroll = 4;          // centroids in flight for each group of lanes
 constexpr uint32_t kLeastPerBlock = 64;  // centroids that are worth a block
 constexpr uint32_t kInShared = 4096;     // clusters whose keys and sizes fit shared memory
 constexpr uint32_t kChosenInShared = 1024;
 
-template <int kHeadDim>
-__host__ __device__ constexpr uint32_t LanesPerRow() {
-  return kHeadDim == 64 ? 8 : kHeadDim == 256 ? 32 : 16;  // of 96, a quarter idles
-}
-
 struct SelectShared {
-  alignas(16) float queries[kMaxGroup * 256];  // scaled, in units of log2; [group][head_dim]
+  uint4 queries[kMaxGroup * 256 / 8];  // TileRows of the head_dim
   float largest[kMaxGroup], inverse_sum[kMaxGroup];
   float warp_values[4][kThreads / 32];
   uint32_t taken_before;
@@ -40,72 +33,6 @@ struct SelectShared {
   uint64_t chosen[kChosenInShared];
   uint32_t keys[kInShared], weights[kInShared];
 };
-
-template <typename Storage, int kHeadDim>
-__device__ void LoadQueries(const QueryLaunch& queries, uint32_t slot, uint32_t kv_head,
-                            uint32_t group, float scale, float* shared) {
-  for (uint32_t i = threadIdx.x; i < group * kHeadDim / 2; i += blockDim.x) {
-    const uint32_t head = i / (kHeadDim / 2);
-    const std::byte* const from = queries.q + slot * queries.batch_stride +
-                                  (kv_head * group + head) * queries.head_stride +
-                                  i % (kHeadDim / 2) * 4;
-    // Two elements; the caller's rows need not be aligned to more than one.
-    const auto* const halves = reinterpret_cast<const uint16_t*>(from);
-    const float2 pair = Storage::ToFloat2(halves[0] | uint32_t{halves[1]} << 16);
-    shared[2 * i] = pair.x * scale;
-    shared[2 * i + 1] = pair.y * scale;
-  }
-}
-
-// scores[g * stride + c] for c in [begin, end).
-template <typename Storage, int kHeadDim>
-__device__ void Score(const std::byte* centroids, uint32_t begin, uint32_t end, uint32_t group,
-                      const float* queries, float* scores, uint32_t stride) {
-  constexpr uint32_t kLanes = LanesPerRow<kHeadDim>();
-  const uint32_t lane = threadIdx.x % kLanes;
-  const uint32_t team = threadIdx.x / kLanes;
-  const uint32_t teams = kThreads / kLanes;
-  const bool loads = lane * 8 < kHeadDim;
-  for (uint32_t first = begin; first < end; first += teams * kUnroll) {
-    uint4 raw[kUnroll];
-#pragma unroll
-    for (uint32_t u = 0; u < kUnroll; ++u) {
-      const uint32_t cluster = first + u * teams + team;
-      raw[u] = make_uint4(0, 0, 0, 0);
-      if (loads && cluster < end) {
-        raw[u] = __ldg(reinterpret_cast<const uint4*>(centroids + size_t{cluster} * kHeadDim * 2) +
-                       lane);
-      }
-    }
-    float rows[kUnroll][8];
-#pragma unroll
-    for (uint32_t u = 0; u < kUnroll; ++u) ToFloat8<Storage>(raw[u], rows[u]);
-    for (uint32_t g = 0; g < group; ++g) {
-      float query[8] = {};
-      if (loads) {
-        const auto* const from = reinterpret_cast<const float4*>(queries + g * kHeadDim) + 2 * lane;
-        const float4 low = from[0], high = from[1];
-        query[0] = low.x, query[1] = low.y, query[2] = low.z, query[3] = low.w;
-        query[4] = high.x, query[5] = high.y, query[6] = high.z, query[7] = high.w;
-      }
-      float dots[kUnroll] = {};
-#pragma unroll
-      for (uint32_t u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (uint32_t i = 0; i < 8; ++i) dots[u] += query[i] * rows[u][i];
-      }
-#pragma unroll
-      for (uint32_t u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (uint32_t step = kLanes / 2; step > 0; step /= 2) {
-          dots[u] += __shfl_xor_sync(0xffffffffu, dots[u], step);
-        }
-        const uint32_t cluster = first + u * teams + team;
-        if (lane == 0 && cluster < end) scores[size_t{g} * stride + cluster] = dots[u];
-      }
-    }
-  }
-}
 
 struct Larger {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
@@ -172,13 +99,6 @@ __device__ void SumPowers(const float* scores, uint32_t stride, uint32_t cluster
   }
 }
 
-// Integers that order as the scores do; NaN goes last, and 0 is kept for "no item".
-__device__ uint32_t OrderedKey(float score) {
-  if (isnan(score)) return 1;
-  const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 ties with 0
-  return max(2u, (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u);
-}
-
 __device__ float Combine(GroupRule rule, const float* scores, uint32_t stride, uint32_t cluster,
                          uint32_t group, const SelectShared& shared) {
   float combined = rule == GroupRule::kMax ? scores[cluster] : 0.0f;
@@ -217,8 +137,8 @@ __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_hea
   __syncthreads();
   // The chosen have a token each at least.
   if (min(clusters, budget) <= kChosenInShared) chosen = shared.chosen;
-  uint32_t count = ChoosePrefix<kThreads>(keys, weights, clusters, budget, chosen, shared.prefix);
-  SortFalling<kThreads>(chosen, count);
+  uint32_t count =
+      ChoosePrefix<kThreads>(keys, weights, clusters, budget, chosen, true, shared.prefix);
   count = min(count, block.budget_tokens);
   if (block.estimate != 0) {
     for (uint32_t c = threadIdx.x; !in_shared && c < clusters; c += kThreads) weights[c] = 0;
@@ -278,12 +198,18 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t share = (clusters + gridDim.x - 1) / gridDim.x;
   const uint32_t begin = min(clusters, blockIdx.x * share);
   const uint32_t end = min(clusters, begin + share);
-  LoadQueries<Storage, kHeadDim>(queries, blockIdx.z, kv_head, group, block.softmax_scale * kLog2E,
-                                 shared.queries);
+  auto& rows = reinterpret_cast<TileRows<kHeadDim>&>(shared.queries);
+  StartGroupQueries<kHeadDim, kThreads>(queries, blockIdx.z, kv_head, group, rows);
+  WaitCopies<0>();
   __syncthreads();
   if (budget > 0) {
-    Score<Storage, kHeadDim>(state.centroids(head), begin, end, group, shared.queries, scores,
-                             scratch.clusters);
+    const size_t stride = scratch.clusters;
+    ScoreCentroids<Storage, kHeadDim, kThreads>(state.centroids(head), begin, end, rows,
+                                                block.softmax_scale * kLog2E,
+                                                [&](uint32_t g, uint32_t cluster, float score) {
+                                                  if (g < group)
+                                                    scores[g * stride + cluster] = score;
+                                                });
   }
   if (gridDim.x > 1) {
     __threadfence();

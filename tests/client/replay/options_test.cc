@@ -35,6 +35,27 @@ TEST(ReplayOptions, HaveTheContractsDefaults) {
   EXPECT_FALSE(options.worker_index.has_value());
 }
 
+TEST(ReplayOptions, TakeTheDaemonFromTheEnvironmentUnlessToldOtherwise) {
+  ASSERT_EQ(setenv("CLUSTERKV_ADDRESS", "unix:/grant.sock", 1), 0);
+  const auto granted = Parse({"t"});
+  const auto told = Parse({"t", "--connect", "unix:/other.sock"});
+  ASSERT_EQ(unsetenv("CLUSTERKV_ADDRESS"), 0);
+  ASSERT_TRUE(granted.ok() && told.ok());
+  EXPECT_EQ((*granted)->connect, "unix:/grant.sock");
+  EXPECT_EQ((*told)->connect, "unix:/other.sock");
+  EXPECT_EQ((*Parse({"t"}))->connect, "");
+}
+
+TEST(ReplayOptions, RepeatOnlyAsTables) {
+  EXPECT_EQ((*Parse({"t"}))->repeat, 1u);
+  EXPECT_EQ((*Parse({"t", "--repeat", "0"}))->repeat, 0u);
+  EXPECT_TRUE(Parse({"t", "--repeat=1", "--format=json"}).ok());
+  const auto several = Parse({"t", "--repeat=2", "--format=json"});
+  EXPECT_EQ(several.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(several.status().message()), HasSubstr("--repeat"));
+  EXPECT_FALSE(Parse({"t", "--repeat", "-1"}).ok());
+}
+
 TEST(ReplayOptions, AreRead) {
   const auto parsed = Parse({"--methods",
                              "quest,clusterkv,quest",

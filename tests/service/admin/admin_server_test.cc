@@ -138,6 +138,18 @@ TEST_F(AdminServerTest, RefusesAPortThatIsTaken) {
   EXPECT_EQ(Get("/version")->body, "1.2.3\n");
 }
 
+TEST_F(AdminServerTest, AnswersOnAllAddressesIfToldTo) {
+  const auto server =
+      AdminServer::Create({.listen = "0.0.0.0:0", .status = [] { return DaemonStatus{}; }});
+  ASSERT_TRUE(server.ok()) << server.status();
+  ASSERT_THAT((*server)->address(), StartsWith("0.0.0.0:"));
+  int port = 0;
+  ASSERT_TRUE(absl::SimpleAtoi((*server)->address().substr(8), &port));
+  // Any of 127/8 is this machine's, and not what 127.0.0.1 alone would listen on.
+  EXPECT_TRUE(httplib::Client("127.0.0.2", port).Get("/livez"));
+  EXPECT_FALSE(httplib::Client("127.0.0.2", port_).Get("/livez"));
+}
+
 TEST_F(AdminServerTest, RefusesAnAddressWithoutPort) {
   for (const char* listen : {"127.0.0.1", "", "127.0.0.1:http"}) {
     const auto server =

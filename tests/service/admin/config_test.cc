@@ -66,6 +66,10 @@ TEST(Config, DefaultsNeedNoFlags) {
   EXPECT_EQ(config->max_arenas_per_session, 64u);
   EXPECT_EQ(config->drain_timeout, absl::Seconds(10));
   EXPECT_EQ(config->attach_timeout, absl::Seconds(10));
+  EXPECT_FALSE(config->device_plugin);
+  EXPECT_EQ(config->offered_bytes(), 0u);
+  EXPECT_EQ(config->device_plugin_dir, "/var/lib/kubelet/device-plugins");
+  EXPECT_EQ(config->grants_dir, "/var/lib/clusterkv/grants");
   EXPECT_EQ(config->log_level, LogLevel::kInfo);
   EXPECT_EQ(config->log_format, LogFormat::kText);
   EXPECT_THAT(config->early_output, IsEmpty());
@@ -77,6 +81,8 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "--attach-path=/run/a.sock",
                             "--admin-listen",
                             "[::1]:0",
+                            "--admin-allow-remote",
+                            "true",
                             "--host-memory",
                             "1gb",
                             "--host-memory-dir=/mnt/huge",
@@ -99,6 +105,14 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "--drain-timeout",
                             "1m",
                             "--attach-timeout=500ms",
+                            "--poll-time",
+                            "50us",
+                            "--device-plugin",
+                            "--device-plugin-memory",
+                            "1gb",
+                            "--device-plugin-dir",
+                            "/run/plugins",
+                            "--grants-dir=/run/grants",
                             "--log-level",
                             "debug",
                             "--log-format",
@@ -107,6 +121,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->listen, "127.0.0.1:0");
   EXPECT_EQ(config->attach_socket_path(), "/run/a.sock");
   EXPECT_EQ(config->admin_listen, "[::1]:0");
+  EXPECT_TRUE(config->admin_allow_remote);
   EXPECT_EQ(config->host_memory_bytes, 1ull << 30);
   EXPECT_EQ(config->host_memory_dir, "/mnt/huge");
   EXPECT_EQ(config->host_chunk_bytes, 32ull << 20);
@@ -120,6 +135,11 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->max_arenas_per_session, 4u);
   EXPECT_EQ(config->drain_timeout, absl::Minutes(1));
   EXPECT_EQ(config->attach_timeout, absl::Milliseconds(500));
+  EXPECT_EQ(config->poll_duration(), absl::Microseconds(50));
+  EXPECT_TRUE(config->device_plugin);
+  EXPECT_EQ(config->offered_bytes(), 1ull << 30);
+  EXPECT_EQ(config->device_plugin_dir, "/run/plugins");
+  EXPECT_EQ(config->grants_dir, "/run/grants");
   EXPECT_EQ(config->log_level, LogLevel::kDebug);
   EXPECT_EQ(config->log_format, LogFormat::kJson);
 }
@@ -146,10 +166,68 @@ TEST_F(ConfigFile, IsAlsoNamedByTheEnvironment) {
 
 TEST_F(ConfigFile, MayBeEmpty) { EXPECT_TRUE(Load({"--config", Write("# nothing\n")}).ok()); }
 
+TEST(Config, ASwitchNeedsNoValueButTakesOne) {
+  EXPECT_TRUE(Load({"--device-plugin"})->device_plugin);
+  EXPECT_TRUE(Load({"--device-plugin", "--threads=2"})->device_plugin);
+  EXPECT_TRUE(Load({"--device-plugin", "true"})->device_plugin);
+  EXPECT_FALSE(Load({"--device-plugin=false"})->device_plugin);
+  EXPECT_TRUE(Load({}, {"CLUSTERKV_DEVICE_PLUGIN=true"})->device_plugin);
+  EXPECT_THAT(Message(Load({"--device-plugin=yes"})),
+              AllOf(HasSubstr("--device-plugin"), HasSubstr("'yes' is not true or false")));
+  EXPECT_FALSE(Load({"--device-plugin", "--device-plugin"}).ok());
+}
+
+TEST(Config, OffersWholeGib) {
+  const auto offered = [](Words flags) {
+    flags.emplace_back("--device-plugin");
+    const auto config = Load(flags);
+    EXPECT_TRUE(config.ok()) << config.status();
+    return config.ok() ? config->offered_bytes() >> 20 : 0;
+  };
+  EXPECT_EQ(offered({"--host-memory=3gb"}), 3072u);
+  EXPECT_EQ(offered({"--host-memory=3500mb", "--host-chunk=4mb"}), 3072u);
+  EXPECT_EQ(offered({"--host-memory=3gb", "--device-plugin-memory=2gb"}), 2048u);
+  EXPECT_EQ(offered({"--host-memory=3gb", "--device-plugin-memory=auto"}), 3072u);
+  // Several sessions may share a device, so that chunks must be smaller than without.
+  EXPECT_EQ(Load({"--host-memory=900gb"})->host_chunk_bytes, 1ull << 30);
+  EXPECT_EQ(Load({"--host-memory=900gb", "--device-plugin"})->host_chunk_bytes, 128ull << 20);
+}
+
+TEST(Config, RefusesAPoolThatCannotBeOfferedInGib) {
+  const std::string longest(92, 'x');
+  const std::pair<Words, const char*> cases[] = {
+      {{"--host-memory=4gb", "--host-chunk=2gb"}, "host-chunk: 2gb does not divide a GiB"},
+      {{"--host-memory=4gb", "--host-chunk=6mb"}, "host-chunk: 6mb does not divide a GiB"},
+      {{"--host-memory=1000mb"}, "no whole GiB"},
+      {{"--host-memory=4gb", "--device-plugin-memory=5gb"}, "5gb is more than host-memory, 4gb"},
+      {{"--host-memory=4gb", "--device-plugin-memory=1500mb"}, "1500mb is not whole GiB"},
+      {{"--device-plugin-dir=plugins"}, "device-plugin-dir: 'plugins': the path must be absolute"},
+      {{"--grants-dir="}, "grants-dir"},
+      {{"--grants-dir=/" + longest.substr(0, 70)}, "grants-dir"},
+      {{"--device-plugin-dir=/" + longest}, "device-plugin-dir"},
+  };
+  for (const auto& [flags, message] : cases) {
+    EXPECT_TRUE(Load(flags).ok()) << message;
+    Words with = flags;
+    with.emplace_back("--device-plugin");
+    EXPECT_THAT(Message(Load(with)), HasSubstr(message));
+  }
+}
+
 TEST(Config, LeavesTheClientsAndTheTestsVariablesAlone) {
   EXPECT_TRUE(Load({}, {"CLUSTERKV_ADDRESS=x", "CLUSTERKV_REQUIRE_CUDA=1", "CLUSTERKV_TEST_SEED=3",
                         "CLUSTERKVD=1", "CLUSTERKV_NO_EQUALS"})
                   .ok());
+}
+
+TEST(Config, OpensTheAdminPortOnlyWhenAskedTo) {
+  EXPECT_FALSE(Load({})->admin_is_remote());
+  EXPECT_FALSE(Load({"--admin-allow-remote=true"})->admin_is_remote());
+  for (const char* address : {"0.0.0.0:9464", "[::]:9464", "10.1.2.3:0"}) {
+    const auto config = Load({"--admin-allow-remote", "true", "--admin-listen", address});
+    ASSERT_TRUE(config.ok()) << config.status();
+    EXPECT_TRUE(config->admin_is_remote());
+  }
 }
 
 struct BadFlags {
@@ -196,6 +274,8 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--attach-timeout", "-1s"}, "--attach-timeout", "write 10s"},
       {{"--audit-share", "1.5"}, "--audit-share", "from 0 to 1"},
       {{"--audit-share", "nan"}, "--audit-share", "from 0 to 1"},
+      {{"--poll-time", "11ms"}, "--poll-time", "more than 10ms"},
+      {{"--poll-time", "fast"}, "--poll-time", "write 10s"},
       {{"--log-level", "loud"}, "--log-level", "debug|info|warning|error"},
       {{"--log-format", "xml"}, "--log-format", "text|json"},
       {{"--listen", "0.0.0.0:7000"}, "listen", "loopback"},
@@ -210,7 +290,17 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--listen", "unix:/" + std::string(104, 'x')}, "attach-path", "at most 107"},
       {{"--attach-path", "here"}, "attach-path", "absolute"},
       {{"--listen", "unix:/a", "--attach-path", "/a"}, "attach-path", "listen socket"},
-      {{"--admin-listen", "0.0.0.0:9464"}, "admin-listen", "loopback"},
+      {{"--admin-listen", "0.0.0.0:9464"}, "admin-listen", "admin-allow-remote"},
+      {{"--admin-listen", "0.0.0.0:9464", "--admin-allow-remote=false"},
+       "admin-listen",
+       "loopback"},
+      {{"--admin-listen", "node1:9464", "--admin-allow-remote=true"}, "admin-listen", "in numbers"},
+      {{"--admin-listen", "[::x]:9464", "--admin-allow-remote=true"}, "admin-listen", "in numbers"},
+      {{"--admin-listen", "0.0.0.0", "--admin-allow-remote=true"}, "admin-listen", "HOST:PORT"},
+      {{"--admin-allow-remote", "yes"}, "--admin-allow-remote", "true or false"},
+      {{"--listen", "0.0.0.0:7000", "--attach-path", "/a", "--admin-allow-remote=true"},
+       "listen",
+       "loopback"},
       {{"--admin-listen", "9464"}, "admin-listen", "HOST:PORT"},
       {{"--admin-listen", "127.0.0.1:http"}, "admin-listen", "HOST:PORT"},
       {{"--admin-listen", "unix:/run/x"}, "admin-listen", "HOST:PORT"},
@@ -297,6 +387,18 @@ TEST(Config, HelpAndVersionComeBeforeEverythingElse) {
   EXPECT_THAT(help->early_output, AllOf(HasSubstr("--config "), HasSubstr("[2gb]"),
                                         HasSubstr("auto|host|cuda"), Not(HasSubstr("\t"))));
   EXPECT_EQ(Load({"--version"})->early_output, "clusterkvd " CLUSTERKV_VERSION "\n");
+}
+
+TEST(Config, HelpIsAlsoAPage) {
+  const auto page = Load({"--help=markdown"});
+  ASSERT_TRUE(page.ok()) << page.status();
+  for (const auto& [key, value] : EffectiveConfig(*Load({}))) {
+    EXPECT_THAT(page->early_output, HasSubstr("| `" + key + "` | `CLUSTERKV_"));
+  }
+  EXPECT_THAT(page->early_output,
+              AllOf(HasSubstr("| `host-memory` | `CLUSTERKV_HOST_MEMORY` | size | `2gb` |"),
+                    HasSubstr("auto\\|host\\|cuda"), HasSubstr("the daemon's own uid")));
+  EXPECT_EQ(Load({"--help=html"}).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 }  // namespace
