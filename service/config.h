@@ -49,7 +49,7 @@ struct Config {
 
   std::string attach_socket_path() const;
   absl::Duration poll_duration() const;  // auto: where there are cores to spare
-  bool admin_is_remote() const;  // admin_listen is not loopback
+  bool admin_is_remote() const;          // admin_listen is not loopback
   // Of host_memory, offered to the kubelet: whole GiB, 0 without the device plugin.
   uint64_t offered_bytes() const;
 };

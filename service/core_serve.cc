@@ -252,8 +252,8 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
     CKV_RETURN_IF_ERROR(StageServed(work, tensors));
     if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
     CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
-    CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(),
-                                        work.budget_tokens, tensors.target()));
+    CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(), work.budget_tokens,
+                                        tensors.target()));
     if (work.request.want_output) {
       CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
     }

@@ -27,7 +27,7 @@ using Completion = std::function<void(absl::StatusOr<T>)>;
 struct SessionKey {
   std::string token;
   uint64_t boot_epoch = 0;
-  GrantId grant = kNoGrant;  // of the socket that the call came by; the worker has no say
+  GrantId grant = kNoGrant;     // of the socket that the call came by; the worker has no say
   std::string request_id = {};  // of the call, for the log
 };
 
@@ -41,7 +41,7 @@ struct HelloInfo {
   std::vector<uint32_t> state_layout_versions;
   std::string client_name;
   std::optional<SessionGroup> group;
-  GrantId grant = kNoGrant;  // of the socket that it came by
+  GrantId grant = kNoGrant;     // of the socket that it came by
   std::string request_id = {};  // of the Session call, for the log
 };
 
