@@ -35,8 +35,11 @@ namespace cg = cooperative_groups;
 
 constexpr uint32_t kWarps = 8;
 constexpr uint32_t kThreads = 32 * kWarps;
-constexpr uint32_t kMostBlocks = 16;      // of a team; more than 8 are not portable
-constexpr uint32_t kMostArea = 92 << 10;  // bytes, unless tiles take more: two blocks fit
+constexpr uint32_t kMostBlocks = 16;  // of a team; more than 8 are not portable
+// Bytes of the area, unless tiles take more: so that two blocks fit a multiprocessor, or one.
+constexpr uint32_t kMostArea = 92 << 10;
+constexpr uint32_t kMostAreaAlone = 176 << 10;
+constexpr uint32_t kMostShared = 227 << 10;  // of a block
 template <int kHeadDim>
 constexpr uint32_t kResident = kHeadDim <= 128 ? 2 : 1;  // blocks of a multiprocessor
 
@@ -551,27 +554,42 @@ __global__ void DecodeLayerKernel(const BatchTable*, uint32_t, QueryLaunch, uint
 
 #endif
 
-template <typename Storage, int kHeadDim>
-cudaError_t Launch(const BatchShape& shape, uint32_t layer, const QueryLaunch& queries,
-                   uint32_t budget, const OutputLaunch& target, uint32_t clusters,
-                   cudaStream_t stream) {
-  // As many blocks as surely fit the device at once: the multiprocessors that a team may lie on are
-  // not always a multiple of its size.
-  const uint32_t room = kResident<kHeadDim> * static_cast<uint32_t>(shape.multiprocessors);
+// As many blocks as surely fit the device at once, with so many resident on a multiprocessor: those
+// that a team may lie on are not always a multiple of its size.
+uint32_t TeamSize(const BatchShape& shape, uint32_t resident) {
+  const uint32_t room = resident * static_cast<uint32_t>(shape.multiprocessors);
   const uint32_t heads = shape.kv_heads * shape.count;
   uint32_t blocks = kMostBlocks;
   if (heads * blocks > room / 4 * 3) blocks = 8;
   while (blocks > 2 && heads * blocks > room / 8 * 7) blocks /= 2;
-  if (heads * blocks > room) blocks = 1;
+  return heads * blocks > room ? 1 : blocks;
+}
+
+template <typename Storage, int kHeadDim>
+cudaError_t Launch(const BatchShape& shape, uint32_t layer, const QueryLaunch& queries,
+                   uint32_t budget, const OutputLaunch& target, uint32_t clusters,
+                   cudaStream_t stream) {
+  constexpr auto kTiles = static_cast<uint32_t>(kWarps * sizeof(Tile<kHeadDim>));
+  const uint32_t chosen = 8 * ChosenRoom(budget);
+  uint32_t resident = kResident<kHeadDim>, blocks = 0, wanted = 0;
+  const auto plan = [&] {
+    blocks = TeamSize(shape, resident);
+    const uint32_t share = (clusters + blocks - 1) / blocks;
+    wanted = std::max(kTiles, chosen + 12 * clusters + 4 * shape.group * share);
+  };
+  plan();
+  uint32_t most = std::max(kMostArea, kTiles);
+  if (wanted > most) {
+    // Very many clusters: rather half the blocks than a choice in device memory.
+    resident = 1;
+    plan();
+    most = std::max(kMostAreaAlone, kTiles);
+  }
   LayerBytes bytes;
   bytes.list = RoundUp(sizeof(LayerShared<kHeadDim>));
   bytes.partials = RoundUp(bytes.list + 4 * budget);
   bytes.area = RoundUp(bytes.partials + 16 * blocks * shape.group * OwnChunks(kHeadDim, blocks));
-  const uint32_t chosen = 8 * ChosenRoom(budget);
-  const uint32_t wanted =
-      chosen + 12 * clusters + 4 * shape.group * ((clusters + blocks - 1) / blocks);
-  constexpr auto kTiles = static_cast<uint32_t>(kWarps * sizeof(Tile<kHeadDim>));
-  bytes.total = bytes.area + std::max({kTiles, chosen, std::min(wanted, kMostArea)});
+  bytes.total = std::min(kMostShared, bytes.area + std::max(chosen, std::min(wanted, most)));
   const auto kernel = DecodeLayerKernel<Storage, kHeadDim>;
   const cudaError_t sized = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes.total));
