@@ -19,18 +19,26 @@ absl::StatusOr<std::unique_ptr<DecodeBatch>> DirectBatch::Create(
                                                  : device.CreateStream("ckv-decode"));
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<gpu::DeviceMemory> errors,
                        device.AllocatePinned(sequences.size() * sizeof(uint32_t)));
-  return std::unique_ptr<DecodeBatch>(
-      new DirectBatch(std::move(sequences), options, std::move(stream), std::move(errors)));
+  std::unique_ptr<StepAudit> audit;
+  ClientSession& session = sequences.front()->session();
+  if (session.audit() != nullptr && !options.captured) {
+    CKV_ASSIGN_OR_RETURN(audit, StepAudit::Create(device, sequences.front()->options().shape,
+                                                  sequences.size(), session.options().audit_rate));
+  }
+  return std::unique_ptr<DecodeBatch>(new DirectBatch(
+      std::move(sequences), options, std::move(stream), std::move(errors), std::move(audit)));
 }
 
 DirectBatch::DirectBatch(std::vector<SequenceImpl*> sequences, const BatchOptions& options,
                          std::unique_ptr<gpu::Stream> stream,
-                         std::unique_ptr<gpu::DeviceMemory> errors)
+                         std::unique_ptr<gpu::DeviceMemory> errors,
+                         std::unique_ptr<StepAudit> audit)
     : step_(std::move(sequences)),
       options_(options),
       slots_(step_.sequences().size()),
       error_memory_(std::move(errors)),
       errors_(reinterpret_cast<uint32_t*>(error_memory_->data()), slots_.size()),
+      audit_(std::move(audit)),
       stream_(std::move(stream)) {}
 
 DirectBatch::~DirectBatch() {
@@ -58,7 +66,7 @@ absl::Status DirectBatch::Prepare(uint32_t budget_tokens) {
   CKV_RETURN_IF_ERROR(CheckCaptured());
   CKV_RETURN_IF_ERROR(Open(budget_tokens));
   if (captured_budget_ == 0 || captured_budget_ == step_.budget_tokens()) return absl::OkStatus();
-  const absl::Status differs = absl::FailedPreconditionError(absl::StrCat(
+  absl::Status differs = absl::FailedPreconditionError(absl::StrCat(
       "budget_tokens is ", step_.budget_tokens(), "; the captured step's is ", captured_budget_));
   step_.Withdraw();
   return differs;
@@ -74,9 +82,10 @@ absl::Status DirectBatch::Begin(uint32_t budget_tokens) {
                                                    ", but the step was prepared for ",
                                                    step_.budget_tokens()));
   }
-  const absl::Status begun = ops().BeginStep(*stream_, slots_);
+  absl::Status begun = ops().BeginStep(*stream_, slots_);
   if (!begun.ok() && !options_.captured) step_.Withdraw();
   begun_ = begun.ok();
+  if (begun_ && audit_ != nullptr) audit_->Begin();
   return begun;
 }
 
@@ -91,9 +100,24 @@ absl::Status DirectBatch::Append(uint32_t layer, const gpu::KvSource& source) {
 absl::Status DirectBatch::Attend(uint32_t layer, const gpu::QuerySource& queries,
                                  const gpu::AttentionTarget& target) {
   CKV_RETURN_IF_ERROR(step_.CheckAttend(layer, queries, target));
+  const bool audited = audit_ != nullptr && audit_->wants(layer);
+  const gpu::AttentionTarget filled = audited ? audit_->WithLse(target) : target;
   CKV_RETURN_IF_ERROR(
-      ops().DecodeLayer(*stream_, slots_, layer, queries, step_.budget_tokens(), target));
+      ops().DecodeLayer(*stream_, slots_, layer, queries, step_.budget_tokens(), filled));
+  if (audited) CKV_RETURN_IF_ERROR(SubmitAudit(queries, filled));
   step_.Attended();
+  return absl::OkStatus();
+}
+
+absl::Status DirectBatch::SubmitAudit(const gpu::QuerySource& queries,
+                                      const gpu::AttentionTarget& target) {
+  const size_t index = audit_->index();
+  SequenceImpl& sequence = *step_.sequences()[index];
+  CKV_ASSIGN_OR_RETURN(v1::AuditStepRequest request, audit_->Take(*stream_, slots_[index], queries,
+                                                                  target, step_.budget_tokens()));
+  *request.mutable_session() = sequence.session().reference();
+  request.set_sequence_id(sequence.id());
+  sequence.session().audit()->Submit(std::move(request));
   return absl::OkStatus();
 }
 
@@ -113,7 +137,7 @@ absl::StatusOr<std::vector<int32_t>> DirectBatch::Selection(size_t index) {
 
 absl::Status DirectBatch::End() {
   CKV_RETURN_IF_ERROR(step_.CheckEnd());
-  const absl::Status status = ops().EndStep(*stream_, slots_, errors_);
+  absl::Status status = ops().EndStep(*stream_, slots_, errors_);
   if (!options_.captured) return Close(status);
   if (status.ok()) captured_budget_ = step_.budget_tokens();
   return status;

@@ -10,6 +10,7 @@
 #include "client/client.h"
 #include "client/decode_step.h"
 #include "client/sequence_impl.h"
+#include "client/step_audit.h"
 
 namespace clusterkv::client {
 
@@ -32,11 +33,13 @@ class DirectBatch final : public DecodeBatch {
 
  private:
   DirectBatch(std::vector<SequenceImpl*> sequences, const BatchOptions& options,
-              std::unique_ptr<gpu::Stream> stream, std::unique_ptr<gpu::DeviceMemory> errors);
+              std::unique_ptr<gpu::Stream> stream, std::unique_ptr<gpu::DeviceMemory> errors,
+              std::unique_ptr<StepAudit> audit);
   gpu::DecodeOps& ops() { return step_.sequences().front()->session().device().decode_ops(); }
   absl::Status Open(uint32_t budget_tokens);
   absl::Status Close(absl::Status status);
   absl::Status CheckCaptured() const;
+  absl::Status SubmitAudit(const gpu::QuerySource& queries, const gpu::AttentionTarget& target);
   absl::Status StepErrors() const;
 
   DecodeStep step_;
@@ -44,6 +47,7 @@ class DirectBatch final : public DecodeBatch {
   std::vector<gpu::BatchSlot> slots_;  // read by the stream while a step is open
   const std::unique_ptr<gpu::DeviceMemory> error_memory_;  // pinned
   const absl::Span<uint32_t> errors_;                      // written by the stream in End
+  const std::unique_ptr<StepAudit> audit_;                 // null: no step is audited
   const std::unique_ptr<gpu::Stream> stream_;
   bool begun_ = false;            // BeginStep of the open step is enqueued
   uint32_t captured_budget_ = 0;  // of the step that was captured; 0: none yet

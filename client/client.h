@@ -48,6 +48,10 @@ struct ClientOptions {
   uint64_t ring_bytes = 64ull << 20;
   absl::Duration rpc_timeout = absl::Seconds(30);
   int device_threads = 0;  // of the host backend's direct fetch; 0 = all cores
+  // Share of the direct steps, 0 to 1, that the daemon compares with exact attention, a layer of a
+  // sequence each, for its metrics of recall and missed attention. Such a step waits once more for
+  // its stream. Captured batches take no part.
+  double audit_rate = 0;
 };
 
 struct SequenceOptions {

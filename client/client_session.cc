@@ -32,6 +32,10 @@ absl::Status CheckOptions(const ClientOptions& options) {
   if (options.rpc_timeout <= absl::ZeroDuration()) {
     return absl::InvalidArgumentError("rpc_timeout is not above 0");
   }
+  if (!(options.audit_rate >= 0 && options.audit_rate <= 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("audit_rate is ", options.audit_rate, "; allowed: 0 to 1"));
+  }
   return absl::OkStatus();
 }
 
@@ -57,7 +61,12 @@ ClientSession::ClientSession(const ClientOptions& options)
           [this](const v1::IngestTokensRequest& request) {
             return SendRange(request, RpcDeadline());
           },
-          ring_) {}
+          ring_) {
+  if (options.audit_rate <= 0) return;
+  audit_ = std::make_unique<AuditHelper>([this](const v1::AuditStepRequest& request) {
+    if (health().ok()) connection_->AuditStep(request, RpcDeadline()).IgnoreError();
+  });
+}
 
 ClientSession::~ClientSession() { Close(); }
 
@@ -107,6 +116,7 @@ void ClientSession::Close() {
   }
   ring_.Close(absl::CancelledError("the client is closed"));
   helper_.Stop();
+  if (audit_ != nullptr) audit_->Stop();
   ring_arena_ = {};
   {
     const std::lock_guard lock(mutex_);

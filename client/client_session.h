@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/attach_client.h"
+#include "client/audit_helper.h"
 #include "client/client.h"
 #include "client/connection.h"
 #include "client/ingest_helper.h"
@@ -50,6 +51,7 @@ class ClientSession final : private SessionListener {
   AttachClient& attach() { return *attach_; }
   RingAllocator& ring() { return ring_; }
   IngestHelper& helper() { return helper_; }
+  AuditHelper* audit() { return audit_.get(); }  // null: nothing is audited
   uint32_t ring_arena() const { return ring_arena_.id; }
   std::byte* ring_data() const { return ring_arena_.memory->data(); }
 
@@ -111,6 +113,7 @@ class ClientSession final : private SessionListener {
   std::vector<Arena> idle_io_;
 
   IngestHelper helper_;
+  std::unique_ptr<AuditHelper> audit_;
 };
 
 }  // namespace clusterkv::client

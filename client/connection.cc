@@ -2,7 +2,9 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <atomic>
 #include <chrono>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,10 +14,33 @@
 namespace clusterkv::client {
 namespace {
 
+constexpr char kRequestIdKey[] = "x-request-id";
+
+// As the daemon logs it (x-request-id). Each connection has a beginning of its own, so that its ids
+// are those of no other process.
+class RequestIds {
+ public:
+  RequestIds() {
+    std::random_device random;
+    beginning_ = absl::StrCat(absl::Hex(random(), absl::kZeroPad8));
+  }
+  std::string Next() { return absl::StrCat(beginning_, "-", next_++); }
+
+ private:
+  std::string beginning_;
+  std::atomic<uint64_t> next_{1};
+};
+
+std::string WithId(const std::string& what, const std::string& request_id) {
+  return absl::StrCat(what, " (request ", request_id, ")");
+}
+
 class GrpcSessionCall final : public SessionCall {
  public:
-  GrpcSessionCall(v1::ClusterKv::Stub& stub, const std::string& address)
-      : what_(absl::StrCat("Session with ", address)), stream_(Open(stub, context_)) {}
+  GrpcSessionCall(v1::ClusterKv::Stub& stub, const std::string& address,
+                  const std::string& request_id)
+      : what_(WithId(absl::StrCat("Session with ", address), request_id)),
+        stream_(Open(stub, context_, request_id)) {}
 
   bool Write(const v1::SessionRequest& request) override { return stream_->Write(request); }
   bool Read(v1::SessionEvent* event) override { return stream_->Read(event); }
@@ -28,7 +53,9 @@ class GrpcSessionCall final : public SessionCall {
 
   // Metadata goes with the first write: sent by itself it would wait here for the connection, and
   // with a wedged daemon that takes 20 s.
-  static std::unique_ptr<Stream> Open(v1::ClusterKv::Stub& stub, grpc::ClientContext& context) {
+  static std::unique_ptr<Stream> Open(v1::ClusterKv::Stub& stub, grpc::ClientContext& context,
+                                      const std::string& request_id) {
+    context.AddMetadata(kRequestIdKey, request_id);
     context.set_initial_metadata_corked(true);
     return stub.Session(&context);
   }
@@ -54,6 +81,7 @@ grpc::ChannelArguments ChannelSettings() {
 
 struct Connection::Stubs {
   std::unique_ptr<v1::ClusterKv::Stub> stub;
+  RequestIds ids;
 
   template <typename Request, typename Reply>
   using Method = grpc::Status (v1::ClusterKv::Stub::*)(grpc::ClientContext*, const Request&,
@@ -63,11 +91,13 @@ struct Connection::Stubs {
   absl::StatusOr<Reply> Call(Method<Request, Reply> method, const std::string& what,
                              const Request& request, const Deadline& deadline) {
     grpc::ClientContext context;
+    const std::string id = ids.Next();
+    context.AddMetadata(kRequestIdKey, id);
     context.set_deadline(std::chrono::system_clock::now() +
                          absl::ToChronoMicroseconds(deadline.remaining()));
     Reply reply;
     const grpc::Status status = (stub.get()->*method)(&context, request, &reply);
-    if (!status.ok()) return FromGrpc(status, what);
+    if (!status.ok()) return FromGrpc(status, WithId(what, id));
     return reply;
   }
 };
@@ -89,7 +119,7 @@ Connection::Connection(std::string address, std::unique_ptr<Stubs> stubs)
 Connection::~Connection() = default;
 
 std::unique_ptr<SessionCall> Connection::OpenSession() {
-  return std::make_unique<GrpcSessionCall>(*stubs_->stub, address_);
+  return std::make_unique<GrpcSessionCall>(*stubs_->stub, address_, stubs_->ids.Next());
 }
 
 absl::StatusOr<v1::AllocateArenaReply> Connection::AllocateArena(
@@ -120,6 +150,12 @@ absl::StatusOr<v1::FetchClustersReply> Connection::FetchClusters(
     const v1::FetchClustersRequest& request, const Deadline& deadline) {
   return stubs_->Call(&v1::ClusterKv::Stub::FetchClusters,
                       absl::StrCat("FetchClusters at ", address_), request, deadline);
+}
+
+absl::StatusOr<v1::AuditStepReply> Connection::AuditStep(const v1::AuditStepRequest& request,
+                                                         const Deadline& deadline) {
+  return stubs_->Call(&v1::ClusterKv::Stub::AuditStep, absl::StrCat("AuditStep at ", address_),
+                      request, deadline);
 }
 
 absl::StatusOr<v1::ReleaseSequenceReply> Connection::ReleaseSequence(

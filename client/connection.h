@@ -27,7 +27,8 @@ class SessionCall {
   virtual void Cancel() = 0;
 };
 
-// Thread-safe. Every call has a deadline; its errors name the call and the address.
+// Thread-safe. Every call has a deadline; its errors name the call, the address, and the id under
+// which the daemon logs it.
 class Connection {
  public:
   // Does not wait for a daemon: the first call finds out. Errors: INVALID_ARGUMENT.
@@ -47,6 +48,8 @@ class Connection {
                                                        const Deadline& deadline);
   absl::StatusOr<v1::FetchClustersReply> FetchClusters(const v1::FetchClustersRequest& request,
                                                        const Deadline& deadline);
+  absl::StatusOr<v1::AuditStepReply> AuditStep(const v1::AuditStepRequest& request,
+                                               const Deadline& deadline);
   absl::StatusOr<v1::ReleaseSequenceReply> ReleaseSequence(
       const v1::ReleaseSequenceRequest& request, const Deadline& deadline);
   absl::StatusOr<v1::ListSequencesReply> ListSequences(const v1::ListSequencesRequest& request,

@@ -3,6 +3,7 @@ add_library(clusterkv_client STATIC
   ${CMAKE_CURRENT_LIST_DIR}/address.cc
   ${CMAKE_CURRENT_LIST_DIR}/attach_client.cc
   ${CMAKE_CURRENT_LIST_DIR}/attach_socket.cc
+  ${CMAKE_CURRENT_LIST_DIR}/audit_helper.cc
   ${CMAKE_CURRENT_LIST_DIR}/batch_direct.cc
   ${CMAKE_CURRENT_LIST_DIR}/batch_served.cc
   ${CMAKE_CURRENT_LIST_DIR}/client.cc
@@ -20,6 +21,7 @@ add_library(clusterkv_client STATIC
   ${CMAKE_CURRENT_LIST_DIR}/sequence_impl.cc
   ${CMAKE_CURRENT_LIST_DIR}/sequence_ingest.cc
   ${CMAKE_CURRENT_LIST_DIR}/session_stream.cc
+  ${CMAKE_CURRENT_LIST_DIR}/step_audit.cc
   ${CMAKE_CURRENT_LIST_DIR}/wire_conversion.cc)
 add_library(clusterkv::client ALIAS clusterkv_client)
 set_target_properties(clusterkv_client PROPERTIES EXPORT_NAME client)

@@ -151,6 +151,7 @@ absl::Status SequenceImpl::Release() {
   }
   released_ = true;
   session_->helper().Forget(*link_);
+  if (session_->audit() != nullptr) session_->audit()->Flush(Deadline(kReleaseTimeout));
   tail_.Drop();
   if (state_ != nullptr) counters_ = ReadCounters();
   state_.reset();

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <httplib.h>
 #include <pthread.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -12,9 +13,14 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_replace.h"
 #include "gpu/status_macros.h"
+#include "service/admin_page.h"
 #include "service/metrics.h"
+#include "service/recent_errors.h"
+#include "service/status_history.h"
 #include "service/status_json.h"
 
 namespace clusterkv::service {
@@ -23,6 +29,7 @@ namespace {
 constexpr char kText[] = "text/plain; charset=utf-8";
 constexpr char kPrometheus[] = "text/plain; version=0.0.4; charset=utf-8";
 constexpr char kJson[] = "application/json";
+constexpr char kHtml[] = "text/html; charset=utf-8";
 constexpr size_t kThreads = 4;
 constexpr int kTimeoutSeconds = 5;
 constexpr auto kStartPoll = std::chrono::milliseconds(1);
@@ -58,6 +65,25 @@ void ShutDownConnections(int port) {
       shutdown(fd, SHUT_RDWR);
     }
   }
+}
+
+// Its own script and style, and requests to where it came from: a browser runs nothing else, also
+// if a name that a client gave were ever taken for markup.
+void SendPage(httplib::Response& response) {
+  std::string random(16, '\0');
+  if (getrandom(random.data(), random.size(), 0) != static_cast<ssize_t>(random.size())) {
+    response.status = 500;
+    return;
+  }
+  const std::string nonce = absl::BytesToHexString(random);
+  response.set_header("Content-Security-Policy",
+                      fmt::format("default-src 'none'; script-src 'nonce-{0}'; "
+                                  "style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
+                                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+                                  nonce));
+  response.set_header("Referrer-Policy", "no-referrer");
+  response.set_content(
+      absl::StrReplaceAll({kAdminPage.data(), kAdminPage.size()}, {{"PAGE_NONCE", nonce}}), kHtml);
 }
 
 class AdminServerImpl : public AdminServer {
@@ -110,6 +136,8 @@ class AdminServerImpl : public AdminServer {
 
   const std::string& address() const override { return address_; }
 
+  void Sample() override { history_.Add(options_.status()); }
+
  private:
   // What one client may take.
   void Bound() {
@@ -118,6 +146,8 @@ class AdminServerImpl : public AdminServer {
     server_.set_write_timeout(kTimeoutSeconds, 0);
     // A connection holds one of the few threads as long as it lives.
     server_.set_keep_alive_max_count(1);
+    server_.set_default_headers(
+        {{"Cache-Control", "no-store"}, {"X-Content-Type-Options", "nosniff"}});
     // Two daemons on one port must not both start: the library's own choice is SO_REUSEPORT.
     server_.set_socket_options([](int socket) {
       const int yes = 1;
@@ -144,11 +174,27 @@ class AdminServerImpl : public AdminServer {
       response.set_content(options_.status().version + "\n", kText);
     });
     server_.Get("/status", [this](const httplib::Request&, httplib::Response& response) {
-      response.set_content(StatusJson(options_.status()), kJson);
+      response.set_content(StatusJson(options_.status(), DaemonErrors().List()), kJson);
     });
+    server_.Get("/history", [this](const httplib::Request&, httplib::Response& response) {
+      response.set_content(history_.Json(), kJson);
+    });
+    server_.Get("/sequences", [this](const httplib::Request&, httplib::Response& response) {
+      const auto sequences = options_.sequences();
+      if (!sequences.ok()) {
+        response.status = 503;
+        response.set_content(std::string(sequences.status().message()) + "\n", kText);
+        return;
+      }
+      response.set_content(SequencesJson(options_.status().boot_epoch, *sequences), kJson);
+    });
+    server_.Get("/",
+                [](const httplib::Request&, httplib::Response& response) { SendPage(response); });
     server_.set_error_handler([](const httplib::Request&, httplib::Response& response) {
       if (response.status != 404) return;
-      response.set_content("known are /livez /readyz /startupz /metrics /version /status\n", kText);
+      response.set_content(
+          "known are / /livez /readyz /startupz /metrics /version /status /history /sequences\n",
+          kText);
     });
   }
 
@@ -167,6 +213,7 @@ class AdminServerImpl : public AdminServer {
   }
 
   const AdminOptions options_;
+  StatusHistory history_;
   httplib::Server server_;
   int port_ = 0;
   std::string address_;

@@ -295,21 +295,22 @@ class AttachServerImpl : public AttachServer {
 
   // Says why and closes. An attached worker that sends nonsense loses its session.
   void Refuse(Peer& peer, const absl::Status& why) {
-    LogInfo("attach refused", {{"pid", peer.credentials.pid},
-                               {"uid", peer.credentials.uid},
-                               {"why", std::string(why.message())}});
+    LogWarning("attach refused", {{"pid", peer.credentials.pid},
+                                  {"uid", peer.credentials.uid},
+                                  {"why", std::string(why.message())}});
     core_.CountRejectedAttach();
     clusterkv::v1::AttachEvent event;
     event.mutable_rejected()->set_code(static_cast<int>(why.code()));
     event.mutable_rejected()->set_message(std::string(why.message()));
     SendPacket(peer.socket.get(), event.SerializeAsString(), -1);
-    Lost(peer);
+    Lost(peer, SessionEnd::kProtocolError);
   }
 
   // The connection is at its end.
-  void Lost(Peer& peer) {
+  void Lost(Peer& peer, SessionEnd reason = SessionEnd::kConnectionLost) {
     if (peer.session != 0 && !peer.goodbye) {
-      core_.EndSession(peer.session, absl::AbortedError("the attach connection has closed"));
+      core_.EndSession(peer.session, absl::AbortedError("the attach connection has closed"),
+                       reason);
     }
     Close(peer);
   }

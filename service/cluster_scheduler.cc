@@ -50,20 +50,26 @@ size_t ResultBytesOfHead(const ClusterJob& job) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ClusterScheduler>> ClusterScheduler::Create(gpu::Device& device) {
+absl::StatusOr<std::unique_ptr<ClusterScheduler>> ClusterScheduler::Create(gpu::Device& device,
+                                                                           SlowLog& slow_log) {
   CKV_ASSIGN_OR_RETURN(auto stream, device.CreateStream("cluster"));
-  return std::unique_ptr<ClusterScheduler>(new ClusterScheduler(device, std::move(stream)));
+  return std::unique_ptr<ClusterScheduler>(
+      new ClusterScheduler(device, std::move(stream), slow_log));
 }
 
-ClusterScheduler::ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream)
-    : device_(device), stream_(std::move(stream)), queue_("ckv-cluster", SIZE_MAX) {}
+ClusterScheduler::ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream,
+                                   SlowLog& slow_log)
+    : device_(device),
+      stream_(std::move(stream)),
+      slow_log_(slow_log),
+      queue_("ckv-cluster", SIZE_MAX) {}
 
 ClusterScheduler::~ClusterScheduler() { Stop(); }
 
 void ClusterScheduler::Submit(ClusterJob job) {
   {
     std::lock_guard lock(mu_);
-    ready_.push_back(std::move(job));
+    ready_.push_back({.job = std::move(job), .submitted = Clock::now()});
   }
   queue_.Post([this] { RunReady(); });  // finds nothing if an earlier batch took the job
 }
@@ -73,33 +79,50 @@ std::vector<ClusterJob> ClusterScheduler::TakeBatch() {
   std::vector<ClusterJob> batch;
   size_t bytes = 0;
   while (!ready_.empty()) {
-    const ClusterJob& next = ready_.front();
+    const ClusterJob& next = ready_.front().job;
     if (!batch.empty() &&
         (!CanShareBatch(batch.front(), next) || bytes + WorkspaceBytes(next) > kBatchBytes)) {
       break;
     }
     bytes += WorkspaceBytes(next);
-    batch.push_back(std::move(ready_.front()));
+    if (batch.empty()) oldest_running_ = ready_.front().submitted;
+    batch.push_back(std::move(ready_.front().job));
     ready_.pop_front();
   }
+  running_ = batch.size();
+  batches_ += batch.empty() ? 0 : 1;
   return batch;
 }
 
 void ClusterScheduler::RunReady() {
   const std::vector<ClusterJob> batch = TakeBatch();
-  if (!batch.empty()) RunBatch(batch);
+  if (batch.empty()) return;
+  RunBatch(batch);
+  std::lock_guard lock(mu_);
+  running_ = 0;
+}
+
+ClusterLoad ClusterScheduler::load() const {
+  std::lock_guard lock(mu_);
+  ClusterLoad load{.waiting_jobs = ready_.size(), .running_jobs = running_, .batches = batches_};
+  if (running_ == 0 && ready_.empty()) return load;
+  const Clock::time_point oldest = running_ > 0 ? oldest_running_ : ready_.front().submitted;
+  load.oldest_seconds = std::chrono::duration<double>(Clock::now() - oldest).count();
+  return load;
 }
 
 void ClusterScheduler::RunBatch(Jobs batch) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
+  OperationTrace trace = batch.front().trace;  // waited longest
+  trace.End("queue_ms");
   auto memory = Allocate(batch);
+  trace.End("allocate_ms");
   if (absl::IsResourceExhausted(memory.status()) && batch.size() > 1) {
     for (size_t i = 0; i < batch.size(); ++i) RunBatch(batch.subspan(i, 1));
     return;
   }
-  auto results = memory.ok() ? Cluster(batch, *std::move(memory)) : memory.status();
-  const double seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  auto results = memory.ok() ? Cluster(batch, *std::move(memory), trace) : memory.status();
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   for (size_t i = 0; i < batch.size(); ++i) {
     if (!results.ok()) {
       batch[i].done(results.status());
@@ -108,6 +131,13 @@ void ClusterScheduler::RunBatch(Jobs batch) {
     (*results)[i].seconds = seconds / static_cast<double>(batch.size());
     batch[i].done(std::move((*results)[i]));
   }
+  size_t tokens = 0, problems = 0;
+  for (const ClusterJob& job : batch) {
+    tokens += job.tokens;
+    problems += job.heads.size();
+  }
+  slow_log_.Report(SlowLog::kClustering, trace,
+                   {{"jobs", batch.size()}, {"problems", problems}, {"tokens", tokens}});
 }
 
 absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs batch) {
@@ -128,8 +158,8 @@ absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs ba
   return memory;
 }
 
-absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
-                                                                     BatchMemory memory) {
+absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch, BatchMemory memory,
+                                                                     OperationTrace& trace) {
   gpu::ClusterArgs cluster{.head_dim = batch[0].head_dim,
                            .dtype = batch[0].dtype,
                            .iterations = batch[0].iterations,
@@ -174,16 +204,21 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
   const std::vector<gpu::ClusterProblem> problems = cluster.problems;
   std::vector<uint32_t> counts(problems.size());
   absl::Status status = device_.cluster_ops().Cluster(*stream_, std::move(cluster));
+  trace.End("enqueue_ms");
+  if (status.ok()) status = stream_->Synchronize();  // so that the rows' way back is timed alone
+  trace.End("device_ms");
   if (status.ok()) status = device_.cluster_ops().Permute(*stream_, std::move(permute));
   if (status.ok()) {
     status = stream_->CopyAsync(counts.data(), device_counts, counts.size() * sizeof(uint32_t));
   }
   const absl::Status finished = stream_->Synchronize();  // always: the memory is in use until then
+  const double permute_seconds = trace.End("permute_ms") / static_cast<double>(batch.size());
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
 
   size_t next = 0;
   for (size_t i = 0; i < batch.size(); ++i) {
+    results[i].permute_seconds = permute_seconds;
     for (size_t head = 0; head < batch[i].heads.size(); ++head, ++next) {
       results[i].heads.push_back({.count = counts[next],
                                   .sizes = problems[next].sizes,

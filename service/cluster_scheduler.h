@@ -9,6 +9,7 @@
 // fails alone, with RESOURCE_EXHAUSTED.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -21,6 +22,7 @@
 #include "absl/types/span.h"
 #include "gpu/cluster_ops.h"
 #include "gpu/device.h"
+#include "service/slow_log.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
@@ -36,7 +38,8 @@ struct HeadClusters {
 struct ClusterResult {
   std::unique_ptr<gpu::DeviceMemory> memory;
   std::vector<HeadClusters> heads;
-  double seconds = 0;  // this job's share of the batch's time
+  double seconds = 0;          // this job's share of the batch's time
+  double permute_seconds = 0;  // and of the part of it that wrote rows into the host store
 };
 
 // One layer of one segment.
@@ -58,13 +61,22 @@ struct ClusterJob {
   bool center_keys = false;
 
   std::vector<Head> heads;
+  OperationTrace trace{};                                   // since it was ready
   std::function<void(absl::StatusOr<ClusterResult>)> done;  // on the scheduler's thread
+};
+
+struct ClusterLoad {
+  size_t waiting_jobs = 0, running_jobs = 0;
+  double oldest_seconds = 0;  // since the oldest of them was submitted; 0: there is none
+  uint64_t batches = 0;       // begun
 };
 
 // Thread-safe.
 class ClusterScheduler {
  public:
-  static absl::StatusOr<std::unique_ptr<ClusterScheduler>> Create(gpu::Device& device);
+  // `slow_log` hears of every batch, and outlives the scheduler.
+  static absl::StatusOr<std::unique_ptr<ClusterScheduler>> Create(gpu::Device& device,
+                                                                  SlowLog& slow_log);
   ~ClusterScheduler();
 
   void Submit(ClusterJob job);
@@ -73,8 +85,16 @@ class ClusterScheduler {
   // Finishes what is queued. Idempotent.
   void Stop() { queue_.Stop(); }
 
+  ClusterLoad load() const;
+  TaskQueueLoad thread_load() const { return queue_.load(); }
+
  private:
-  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream);
+  using Clock = std::chrono::steady_clock;
+  struct Ready {
+    ClusterJob job;
+    Clock::time_point submitted;
+  };
+  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream, SlowLog& slow_log);
 
   // What a batch needs on the device while it runs, and what is left of it.
   struct BatchMemory {
@@ -89,13 +109,18 @@ class ClusterScheduler {
   void RunReady();
   void RunBatch(Jobs batch);
   absl::StatusOr<BatchMemory> Allocate(Jobs batch);
-  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory);
+  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory,
+                                                     OperationTrace& trace);
 
   gpu::Device& device_;
   std::unique_ptr<gpu::Stream> stream_;
-  std::mutex mu_;
-  std::deque<ClusterJob> ready_;  // guarded by mu_
-  TaskQueue queue_;               // last: its thread uses the rest
+  SlowLog& slow_log_;
+  mutable std::mutex mu_;
+  std::deque<Ready> ready_;             // guarded by mu_
+  size_t running_ = 0;                  // guarded by mu_; jobs
+  Clock::time_point oldest_running_{};  // guarded by mu_
+  uint64_t batches_ = 0;                // guarded by mu_
+  TaskQueue queue_;                     // last: its thread uses the rest
 };
 
 }  // namespace clusterkv::service

@@ -11,9 +11,11 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 #include <set>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "gpu/device.h"
 #include "gpu/status_macros.h"
@@ -26,6 +28,7 @@
 #include "service/logging.h"
 #include "service/rpc/grant_servers.h"
 #include "service/rpc/grpc_server.h"
+#include "service/rpc/rpc_counters.h"
 #include "service/service_manager.h"
 #include "service/version.h"
 
@@ -36,6 +39,7 @@ constexpr int kExitUsage = 2;
 constexpr int kExitUnavailable = 3;
 constexpr int kExitExhausted = 4;
 
+constexpr auto kSequencesTimeout = std::chrono::milliseconds(250);
 constexpr absl::Duration kTickInterval = absl::Seconds(1);
 
 int ExitCode(const absl::Status& status) {
@@ -123,14 +127,25 @@ AttachOptions AttachOptionsOf(const Config& config) {
 
 absl::StatusOr<std::unique_ptr<DevicePlugin>> CreateDevicePlugin(const Config& config,
                                                                  ServiceCore& core,
-                                                                 AttachServer& attach) {
+                                                                 AttachServer& attach,
+                                                                 RpcCounters& calls) {
   if (!config.device_plugin) return nullptr;
   const auto devices = static_cast<uint32_t>(config.offered_bytes() / kDeviceBytes);
   return DevicePlugin::Create({.directory = config.device_plugin_dir,
                                .grants = {.directory = config.grants_dir,
                                           .devices = devices,
                                           .device_bytes = kDeviceBytes}},
-                              core, std::make_unique<GrantServers>(core, attach));
+                              core, std::make_unique<GrantServers>(core, attach, calls));
+}
+
+// All of them, for the admin port. The core answers within microseconds unless it is overloaded.
+absl::StatusOr<std::vector<SequenceStatus>> Sequences(ServiceCore& core) {
+  using List = absl::StatusOr<std::vector<SequenceStatus>>;
+  auto promise = std::make_shared<std::promise<List>>();
+  auto list = promise->get_future();
+  core.ListSequences(std::nullopt, [promise](List found) { promise->set_value(std::move(found)); });
+  if (list.wait_for(kSequencesTimeout) == std::future_status::ready) return list.get();
+  return absl::UnavailableError("the daemon's queue of requests is long; try again");
 }
 
 absl::Status Serve(const Config& config, const Signals& signals) {
@@ -151,23 +166,31 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .max_sequences_per_session = config.max_sequences_per_session,
                                       .max_arenas_per_session = config.max_arenas_per_session,
                                       .attach_timeout = config.attach_timeout,
-                                      .poll = config.poll_duration()},
+                                      .poll = config.poll_duration(),
+                                      .audit_share = config.audit_share,
+                                      .slow_operation = config.slow_operation},
                                      std::move(device), std::move(pool)));
-  CKV_ASSIGN_OR_RETURN(
-      auto grpc, GrpcServer::Create(
-                     {.listen = config.listen, .attach_path = config.attach_socket_path()}, *core));
+  RpcCounters calls;  // of all gRPC servers
+  CKV_ASSIGN_OR_RETURN(auto grpc, GrpcServer::Create({.listen = config.listen,
+                                                      .attach_path = config.attach_socket_path()},
+                                                     *core, calls));
   CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core));
-  CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach));
-  CKV_ASSIGN_OR_RETURN(auto admin,
-                       AdminServer::Create({.listen = config.admin_listen, .status = [&] {
-                                              DaemonStatus status = core->status();
-                                              status.device_plugin_registered =
-                                                  plugin != nullptr && plugin->registered();
-                                              return status;
-                                            }}));
+  CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach, calls));
+  const auto status = [&] {
+    DaemonStatus taken = core->status();
+    taken.rpcs = calls.status();
+    taken.device_plugin_registered = plugin != nullptr && plugin->registered();
+    return taken;
+  };
+  CKV_ASSIGN_OR_RETURN(
+      auto admin,
+      AdminServer::Create({.listen = config.admin_listen, .status = status, .sequences = [&core] {
+                             return Sequences(*core);
+                           }}));
   const auto tick = [&] {
     core->Tick();
     if (plugin != nullptr) plugin->Tick();
+    admin->Sample();
   };
   grpc->SetServing(true);
   fmt::print("READY grpc={} admin={}\n", grpc->address(), admin->address());

@@ -40,15 +40,17 @@ struct Config {
   uint32_t max_arenas_per_session = 64;
   absl::Duration drain_timeout = absl::Seconds(10);
   absl::Duration attach_timeout = absl::Seconds(10);
+  double audit_share = 0.05;                // of a core
   std::optional<absl::Duration> poll_time;  // nullopt: auto
   LogLevel log_level = LogLevel::kInfo;
   LogFormat log_format = LogFormat::kText;
+  absl::Duration slow_operation = absl::Seconds(1);  // 0: none is slow
 
   std::string early_output;  // of --help and --version: print it and exit
 
   std::string attach_socket_path() const;
   absl::Duration poll_duration() const;  // auto: where there are cores to spare
-  bool admin_is_remote() const;  // admin_listen is not loopback
+  bool admin_is_remote() const;          // admin_listen is not loopback
   // Of host_memory, offered to the kubelet: whole GiB, 0 without the device plugin.
   uint64_t offered_bytes() const;
 };

@@ -87,6 +87,20 @@ ConfigKey SwitchKey(std::string name, std::string help, bool Config::*field) {
           "true"};
 }
 
+ConfigKey ShareKey(std::string name, std::string help, double Config::*field) {
+  return {
+      std::move(name), "0..1", std::move(help),
+      [field](Config& config, const std::string& text) -> absl::Status {
+        double value = 0;
+        if (!absl::SimpleAtod(text, &value) || !(value >= 0 && value <= 1)) {
+          return absl::InvalidArgumentError(fmt::format("'{}' is not a number from 0 to 1", text));
+        }
+        config.*field = value;
+        return absl::OkStatus();
+      },
+      [field](const Config& config) { return fmt::format("{}", config.*field); }};
+}
+
 ConfigKey DurationKey(std::string name, std::string help, absl::Duration Config::*field) {
   return {std::move(name), "duration", std::move(help),
           [field](Config& config, const std::string& text) -> absl::Status {
@@ -186,6 +200,10 @@ std::vector<ConfigKey> ClientKeys() {
                          &Config::max_sequences_per_session, 1, 1u << 20),
       CountKey<uint32_t>("max-arenas-per-session", "rings and buffers",
                          &Config::max_arenas_per_session, 1, 65536),
+      ShareKey(
+          "audit-share",
+          "of one core, that audits of workers' steps against exact attention may take; 0: none",
+          &Config::audit_share),
       DurationKey("drain-timeout", "after SIGTERM, before sessions are ended",
                   &Config::drain_timeout),
       DurationKey("attach-timeout", "for a new session to attach", &Config::attach_timeout),
@@ -224,6 +242,9 @@ std::vector<ConfigKey> LogKeys() {
           "log-format", {"text", "json"}, "of the log on stderr",
           [](Config& config, size_t i) { config.log_format = static_cast<LogFormat>(i); },
           [](const Config& config) { return static_cast<size_t>(config.log_format); }),
+      DurationKey("slow-operation",
+                  "from here on an operation is logged as slow, with its phases; 0: none",
+                  &Config::slow_operation),
   };
 }
 

@@ -77,11 +77,14 @@ ServiceCore::ServiceCore(CoreOptions options, std::unique_ptr<gpu::Device> devic
       pool_(std::move(pool)),
       accounts_(*pool_, options_.offered_bytes),
       started_(options_.now()),
+      slow_log_(options_.slow_operation),
       device_watch_(started_),
+      last_tick_(started_),
       core_("ckv-core", kQueueCapacity, absl::ToChronoMicroseconds(options_.poll)),
       stage_("ckv-stage", SIZE_MAX),
       serve_("ckv-serve", SIZE_MAX, absl::ToChronoMicroseconds(options_.poll)),
-      memory_("ckv-memory", SIZE_MAX) {}
+      memory_("ckv-memory", SIZE_MAX),
+      audit_("ckv-audit", SIZE_MAX) {}
 
 absl::Status ServiceCore::Start() {
   CKV_ASSIGN_OR_RETURN(stage_stream_, device_->CreateStream("stage"));
@@ -89,7 +92,8 @@ absl::Status ServiceCore::Start() {
   CKV_ASSIGN_OR_RETURN(probe_, device_->Allocate(sizeof(uint64_t)));
   serve_tensors_ = std::make_unique<ServeTensors>(*device_);
   CKV_ASSIGN_OR_RETURN(memory_stream_, device_->CreateStream("memory"));
-  CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_));
+  CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_, slow_log_));
+  MeasureHostMemory();
   PublishStatus();
   return absl::OkStatus();
 }
@@ -103,7 +107,9 @@ void ServiceCore::EndAllSessions() {
     for (auto& [id, session] : sessions_) {
       if (!session->over) open.push_back(session.get());
     }
-    for (Session* session : open) End(*session, absl::UnavailableError("the daemon is stopping"));
+    for (Session* session : open) {
+      End(*session, SessionEnd::kDaemonStopped, absl::UnavailableError("the daemon is stopping"));
+    }
   });
 }
 
@@ -112,6 +118,7 @@ void ServiceCore::Stop() {
   core_.Drain();  // no call finds a session any more, so no new work reaches the other queues
   stage_.Stop();
   serve_.Stop();
+  audit_.Stop();
   if (scheduler_) scheduler_->Stop();
   // What was in flight answers its callers, then frees its memory on the memory thread.
   memory_.Drain();
@@ -137,6 +144,7 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
       return !s.second->over && s.second->hello.grant == hello.grant;
     });
     if (static_cast<size_t>(live) >= options_.max_sessions) {
+      CountRefused(Limit::kSessions);
       return reply(absl::ResourceExhaustedError(
           fmt::format("{} sessions are open, the most there may be", live)));
     }
@@ -157,19 +165,20 @@ void ServiceCore::OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink
     tokens_[session->token] = session->id;
     sessions_[session->id] = std::move(session);
     ++counters_.sessions_started;
-    LogInfo("session opened",
-            {{"session", welcome.session},
-             {"client", hello.client_name},
-             {"grant", hello.grant == kNoGrant ? "none" : GrantText(hello.grant)}});
+    LogInfo("session opened", {{"session", welcome.session},
+                               {"client", hello.client_name},
+                               {"grant", hello.grant == kNoGrant ? "none" : GrantText(hello.grant)},
+                               {"request_id", hello.request_id}});
     PublishStatus();
     reply(welcome);
   });
 }
 
-void ServiceCore::EndSession(SessionId id, absl::Status why) {
-  core_.Post([this, id, why = std::move(why)] {
+void ServiceCore::EndSession(SessionId id, absl::Status why, SessionEnd reason) {
+  core_.Post([this, id, why = std::move(why), reason] {
     const auto found = sessions_.find(id);
-    if (found != sessions_.end() && !found->second->over) End(*found->second, why);
+    if (found == sessions_.end() || found->second->over) return;
+    End(*found->second, why.ok() ? SessionEnd::kClosed : reason, why);
   });
 }
 
@@ -199,7 +208,7 @@ void ServiceCore::ChunkMapped(SessionId id, uint32_t chunk) {
     if (found == sessions_.end() || found->second->over) return;
     Session& session = *found->second;
     if (absl::Status bad = session.memory->ConfirmMapped(chunk); !bad.ok()) {
-      return End(session, absl::AbortedError(bad.message()));
+      return End(session, SessionEnd::kProtocolError, absl::AbortedError(bad.message()));
     }
     for (auto& [sequence_id, sequence] : session.sequences) MaybePublish(*sequence);
   });
@@ -211,7 +220,7 @@ void ServiceCore::ChunkUnmapped(SessionId id, uint32_t chunk) {
     if (found == sessions_.end() || found->second->over) return;
     Session& session = *found->second;
     if (absl::Status bad = session.memory->ConfirmUnmapped(chunk); !bad.ok()) {
-      return End(session, absl::AbortedError(bad.message()));
+      return End(session, SessionEnd::kProtocolError, absl::AbortedError(bad.message()));
     }
     RecycleReturned(session);
     PublishStatus();
@@ -223,7 +232,9 @@ void ServiceCore::Goodbye(SessionId id) {
     const auto found = sessions_.find(id);
     if (found == sessions_.end()) return;
     found->second->worker_gone = true;
-    if (!found->second->over) return End(*found->second, absl::OkStatus());
+    if (!found->second->over) {
+      return End(*found->second, SessionEnd::kClosed, absl::OkStatus());
+    }
     FinishEnd(*found->second);
   });
 }
@@ -234,7 +245,8 @@ void ServiceCore::WorkerDied(SessionId id) {
     if (found == sessions_.end()) return;
     found->second->worker_gone = true;
     if (!found->second->over) {
-      return End(*found->second, absl::AbortedError("the worker process has died"));
+      return End(*found->second, SessionEnd::kWorkerDied,
+                 absl::AbortedError("the worker process has died"));
     }
     FinishEnd(*found->second);
   });
@@ -275,12 +287,17 @@ Sequence* ServiceCore::SequenceById(SessionId session, SequenceId id) {
   return sequence == found->second->sequences.end() ? nullptr : sequence->second.get();
 }
 
-void ServiceCore::End(Session& session, const absl::Status& why) {
+void ServiceCore::End(Session& session, SessionEnd reason, const absl::Status& why) {
   session.over = true;
+  session.ending = OperationTrace(session.hello.request_id);
+  ++counters_.sessions_ended[static_cast<size_t>(reason)];
   if (!why.ok()) ++counters_.sessions_ended_lost;
-  LogInfo("session over", {{"session", session.id},
-                           {"client", session.hello.client_name},
-                           {"why", why.ok() ? std::string("closed") : std::string(why.message())}});
+  (why.ok() ? LogInfo : LogWarning)(
+      "session over", {{"session", session.id},
+                       {"client", session.hello.client_name},
+                       {"why", why.ok() ? std::string("closed") : std::string(why.message())},
+                       {"reason", kSessionEndNames[static_cast<size_t>(reason)]},
+                       {"request_id", session.hello.request_id}});
   tokens_.erase(session.token);
   if (session.sink) std::exchange(session.sink, nullptr)->Ended(why);
   if (session.attach) std::exchange(session.attach, nullptr)->SessionEnded();
@@ -297,6 +314,7 @@ void ServiceCore::End(Session& session, const absl::Status& why) {
 
 void ServiceCore::FinishEnd(Session& session) {
   if (!session.over || !session.sequences.empty() || session.in_flight > 0) return;
+  if (!std::exchange(session.idle, true)) session.ending.End("in_flight_ms");
   for (auto& [id, arena] : session.arenas) {
     FreeDeviceMemory(std::move(arena.memory), session, arena.bytes);
   }
@@ -307,6 +325,8 @@ void ServiceCore::FinishEnd(Session& session) {
   session.chunk_addresses.reset();
   if (session.chunk_table != nullptr) DiscardMemory(std::move(session.chunk_table));
   if (session.memory->holds_nothing()) {
+    session.ending.End("give_back_ms");
+    slow_log_.Report(SlowLog::kSessionEnd, session.ending, {{"session", session.id}});
     LogInfo("session freed", {{"session", session.id}});
     sessions_.erase(session.id);
   }
@@ -320,7 +340,9 @@ void ServiceCore::FinishEnd(Session& session) {
 
 void ServiceCore::Tick() {
   core_.Post([this] {
+    last_tick_ = options_.now();
     std::vector<Session*> late;
+    std::vector<Sequence*> sampled;
     for (auto& [id, session] : sessions_) {
       if (session->over) continue;
       if (!session->was_attached && options_.now() - session->opened > options_.attach_timeout) {
@@ -328,13 +350,15 @@ void ServiceCore::Tick() {
         continue;
       }
       for (auto& [sequence_id, sequence] : session->sequences) {
-        if (sequence->served() || sequence->releasing || sequence->sampling) continue;
-        SampleCounters(*sequence);
+        if (!sequence->releasing && !sequence->sampling) sampled.push_back(sequence.get());
       }
     }
+    TakeSamples(std::move(sampled));
     for (Session* session : late) {
-      End(*session, absl::AbortedError("the worker did not attach in time"));
+      End(*session, SessionEnd::kAttachTimeout,
+          absl::AbortedError("the worker did not attach in time"));
     }
+    MeasureHostMemory();
     ProbeDevice();
     PublishStatus();
   });
@@ -369,50 +393,6 @@ void ServiceCore::Drain(absl::Duration timeout, std::function<void()> idle) {
     if (!any) return idle();
     idle_ = idle;
   });
-}
-
-void ServiceCore::PublishStatus() {
-  DaemonStatus status = counters_;
-  status.version = options_.version;
-  status.backend = device_->backend();
-  status.device = device_->description();
-  status.boot_epoch = options_.boot_epoch;
-  status.device_age_seconds = absl::ToDoubleSeconds(device_watch_.age(options_.now()));
-  status.not_ready_reason = draining_ ? "draining" : device_watch_.problem(options_.now());
-  status.ready = status.not_ready_reason.empty();
-  status.host = pool_->status();
-  status.gpu_used_bytes = gpu_used_bytes_;
-  for (const auto& [grant, account] : accounts_.grants()) {
-    status.grants.push_back({.grant = grant, .host = account->status()});
-  }
-  for (const auto& [id, session] : sessions_) {
-    status.sequences += session->sequences.size();
-    if (session->over) continue;
-    status.sessions.push_back(
-        {.session_id = id,
-         .client_name = session->hello.client_name,
-         .pid = session->peer.pid,
-         .uid = session->peer.uid,
-         .sequences = session->sequences.size(),
-         .host_bytes = session->memory->lent_bytes(),
-         .gpu_bytes = session->gpu_bytes,
-         .age_seconds = absl::ToDoubleSeconds(options_.now() - session->opened),
-         .attached = session->was_attached,
-         .grant = session->hello.grant});
-  }
-  std::lock_guard lock(status_mu_);
-  status_ = std::move(status);
-}
-
-DaemonStatus ServiceCore::status() const {
-  DaemonStatus status;
-  {
-    std::lock_guard lock(status_mu_);
-    status = status_;
-  }
-  status.uptime_seconds = absl::ToDoubleSeconds(options_.now() - started_);
-  status.rejected_attaches = rejected_attaches_.load();
-  return status;
 }
 
 }  // namespace clusterkv::service

@@ -2,16 +2,19 @@
 add_library(clusterkv_service STATIC
   ${CMAKE_CURRENT_LIST_DIR}/cluster_scheduler.cc
   ${CMAKE_CURRENT_LIST_DIR}/core.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_audit.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_grants.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_ingest.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_memory.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_sequences.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_serve.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_status.cc
   ${CMAKE_CURRENT_LIST_DIR}/device_watch.cc
   ${CMAKE_CURRENT_LIST_DIR}/extent_allocator.cc
   ${CMAKE_CURRENT_LIST_DIR}/host_account.cc
   ${CMAKE_CURRENT_LIST_DIR}/host_pool.cc
   ${CMAKE_CURRENT_LIST_DIR}/piece_table.cc
+  ${CMAKE_CURRENT_LIST_DIR}/recall_audit.cc
   ${CMAKE_CURRENT_LIST_DIR}/ring_ranges.cc
   ${CMAKE_CURRENT_LIST_DIR}/session_memory.cc
   ${CMAKE_CURRENT_LIST_DIR}/size_plan.cc

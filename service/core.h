@@ -34,9 +34,12 @@
 #include "service/host_pool.h"
 #include "service/serve_tensors.h"
 #include "service/session_state.h"
+#include "service/slow_log.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
+
+struct AuditStep;
 
 struct CoreOptions {
   std::string version;
@@ -49,6 +52,8 @@ struct CoreOptions {
   size_t max_arenas_per_session = 64;
   absl::Duration attach_timeout = absl::Seconds(10);
   absl::Duration poll = absl::ZeroDuration();  // of the core's and the serve thread; see TaskQueue
+  double audit_share = 0.05;                   // of a core, that audits may take; 0: none is made
+  absl::Duration slow_operation = absl::ZeroDuration();  // 0: none is logged
   std::function<absl::Time()> now = [] { return absl::Now(); };
 };
 
@@ -63,7 +68,8 @@ class ServiceCore {
   void OpenSession(HelloInfo hello, std::shared_ptr<SessionSink> sink,
                    Completion<WelcomeInfo> done);
   // The stream has ended, or something makes the session impossible. Idempotent.
-  void EndSession(SessionId session, absl::Status why);
+  void EndSession(SessionId session, absl::Status why,
+                  SessionEnd reason = SessionEnd::kConnectionLost);
   void Attach(SessionKey key, PeerCredentials peer, std::shared_ptr<AttachSink> sink,
               Completion<SessionId> done);
   // A worker that lies about its mappings loses its session.
@@ -95,13 +101,16 @@ class ServiceCore {
   void CancelWait(uint64_t waiter);
   void FetchClusters(SessionKey key, FetchRequest request,
                      Completion<std::vector<FetchResult>> done);
+  // True: it was audited; false: skipped.
+  void AuditDecodeStep(SessionKey key, AuditRequest request, Completion<bool> done);
   void ReleaseSequence(SessionKey key, SequenceId sequence, Completion<bool> done);
   // Without a key: of all sessions of the grant, or with kNoGrant of all there are.
   void ListSequences(std::optional<SessionKey> key, Completion<std::vector<SequenceStatus>> done,
                      GrantId grant = kNoGrant);
 
   // --- Life -----------------------------------------------------------------------------------
-  // Housekeeping, once a second: attach timeouts, counters of direct sequences.
+  // Housekeeping, once a second: attach timeouts, what sequences count, the device's health.
+  // Without it the core counts as stuck.
   void Tick();
   // Refuses new work and tells every session. `idle` is called once all sessions are over and
   // nothing of theirs is in flight; workers may still have host memory mapped.
@@ -126,14 +135,13 @@ class ServiceCore {
   // Runs `call` on the core's thread, or refuses through `done`.
   template <typename T>
   void Call(Completion<T> done, std::function<void(Completion<T>)> call);
-  void PublishStatus();
   void ProbeDevice();
 
   // core.cc
   absl::StatusOr<Session*> FindSession(const SessionKey& key, bool attached = true);
   absl::StatusOr<Sequence*> FindSequence(Session& session, SequenceId id);
   Sequence* SequenceById(SessionId session, SequenceId id);
-  void End(Session& session, const absl::Status& why);
+  void End(Session& session, SessionEnd reason, const absl::Status& why);
   void FinishEnd(Session& session);
 
   // core_memory.cc
@@ -156,32 +164,53 @@ class ServiceCore {
   void Fail(Sequence& sequence, const absl::Status& why);
   void FailWaiters(Sequence& sequence, const absl::Status& why);
   SequenceStatus Describe(const Sequence& sequence) const;
-  void SampleCounters(Sequence& sequence);
+
+  // core_status.cc
+  struct Sample;
+  void PublishStatus();
+  void MeasureHostMemory();
+  absl::StatusOr<Sample> TakeSample(const Sequence& sequence);
+  void TakeSamples(std::vector<Sequence*> sequences);
+  void FoldSample(Sequence& sequence, const Sample& sample);
   void FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled);
+  void CountRegistered(const Sequence& sequence);
+  void CountReleased(const Sequence& sequence);
+  void CountRefused(Limit limit) { ++counters_.refused[static_cast<size_t>(limit)]; }
+  SequenceCounters& CountersOf(const Sequence& sequence);
+  CacheFill& FillOf(const Sequence& sequence);
 
   // core_ingest.cc
-  void DoIngest(Session& session, const IngestRequest& request, const Completion<uint32_t>& done);
+  void DoIngest(Session& session, const IngestRequest& request, const OperationTrace& trace,
+                const Completion<uint32_t>& done);
   absl::Status CheckIngest(const Sequence& sequence, const IngestRequest& request) const;
   struct StageWork;
-  absl::Status RunStage(const StageWork& work);
-  void FinishStage(SessionId session, SequenceId sequence, const IngestRequest& request,
-                   uint64_t bytes, const absl::Status& status);
+  absl::Status RunStage(StageWork& work);
+  void FinishStage(SessionId session, StageWork& work, const absl::Status& status);
   void SubmitReady(Sequence& sequence);
   void SubmitLayer(Sequence& sequence, uint32_t layer, const gpu::Segment& segment);
   void FinishCluster(SessionId session, SequenceId sequence, uint32_t ordinal, uint32_t layer,
                      absl::StatusOr<ClusterResult> result);
+  void CountClustered(const Sequence& sequence, uint32_t tokens, const ClusterResult& result);
   void MaybePublish(Sequence& sequence);
   void FinishPublish(SessionId session, SequenceId sequence, const absl::Status& status);
   void DoWait(Session& session, Sequence& sequence, Waiter waiter);
   void NotifyWaiters(Sequence& sequence);
   bool WaitIsOver(const Sequence& sequence, uint32_t length) const;
 
+  // core_audit.cc
+  absl::Status PrepareAudit(const Sequence& sequence, AuditRequest request, AuditStep& step) const;
+  void StartAudit(Sequence& sequence, const std::shared_ptr<AuditStep>& step,
+                  const Completion<bool>& done);
+
   // core_serve.cc
   struct ServeWork;
-  void DoFetch(Session& session, FetchRequest request, Completion<std::vector<FetchResult>> done);
+  void DoFetch(Session& session, FetchRequest request, const OperationTrace& trace,
+               Completion<std::vector<FetchResult>> done);
   absl::Status PrepareItem(Session& session, const FetchRequest& request, const FetchItem& item,
                            ServeWork& work);
   absl::Status RunServe(ServeWork& work);
+  absl::Status EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::Batch beginning);
+  void CountServed(const ServeWork& work, uint64_t gathered_bytes);
   absl::Status StageServed(const ServeWork& work, const ServeTensors& tensors);
   absl::Status TakeServed(ServeWork& work, size_t index, const gpu::BatchSlot& slot);
   void FinishServe(const std::shared_ptr<ServeWork>& work, absl::Status status);
@@ -192,6 +221,7 @@ class ServiceCore {
   HostAccounts accounts_;  // the core's own
   const absl::Time started_;
   std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
+  SlowLog slow_log_;
   std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread
   std::unique_ptr<gpu::DeviceMemory> probe_;     // of the memory thread
 
@@ -202,18 +232,23 @@ class ServiceCore {
   SequenceId next_sequence_ = 1;
   uint32_t next_generation_ = 1;
   uint64_t gpu_used_bytes_ = 0;
+  uint64_t served_calls_ = 0;
+  bool auditing_ = false;
+  absl::Time next_audit_ = absl::InfinitePast();
   bool draining_ = false;
   DeviceWatch device_watch_;
+  absl::Time last_tick_;
   std::function<void()> idle_;
   DaemonStatus counters_;  // the cumulative parts
   std::atomic<uint64_t> next_waiter_{1};
   std::atomic<uint64_t> rejected_attaches_{0};
 
   mutable std::mutex status_mu_;
-  DaemonStatus status_;  // guarded by status_mu_
+  DaemonStatus status_;      // guarded by status_mu_
+  absl::Time status_taken_;  // guarded by status_mu_
 
   // Last, so that their threads end before what they use. See Stop for the order.
-  TaskQueue core_, stage_, serve_, memory_;
+  TaskQueue core_, stage_, serve_, memory_, audit_;
   std::unique_ptr<ClusterScheduler> scheduler_;
 };
 

@@ -27,7 +27,7 @@ void ServiceCore::RevokeGrant(GrantId grant, absl::Status why, Completion<bool> 
     for (auto& [id, session] : sessions_) {
       if (!session->over && session->hello.grant == grant) open.push_back(session.get());
     }
-    for (Session* session : open) End(*session, why);
+    for (Session* session : open) End(*session, SessionEnd::kGrantRevoked, why);
     PublishStatus();
     reply(known);
   });

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "gpu/cluster_ops.h"
@@ -45,15 +46,20 @@ struct ServiceCore::StageWork {
   std::vector<std::vector<RowSpan>> spans;  // per (layer, head), the same cuts in each
   std::vector<RowCopy> moves;
   uint32_t length_after = 0;  // served: sets the length, 0 leaves it
+  uint64_t bytes = 0;         // of the range
+  absl::Time admitted;
+  double seconds = 0;  // that staging took
+  OperationTrace trace;
 };
 
 void ServiceCore::IngestTokens(SessionKey key, IngestRequest request, Completion<uint32_t> done) {
-  Call<uint32_t>(std::move(done),
-                 [this, key = std::move(key), request](const Completion<uint32_t>& reply) {
-                   auto session = FindSession(key);
-                   if (!session.ok()) return reply(session.status());
-                   DoIngest(**session, request, reply);
-                 });
+  OperationTrace trace(key.request_id);
+  Call<uint32_t>(std::move(done), [this, key = std::move(key), request,
+                                   trace = std::move(trace)](const Completion<uint32_t>& reply) {
+    auto session = FindSession(key);
+    if (!session.ok()) return reply(session.status());
+    DoIngest(**session, request, trace, reply);
+  });
 }
 
 absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
@@ -121,7 +127,7 @@ absl::Status ServiceCore::CheckIngest(const Sequence& sequence,
 }
 
 void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
-                           const Completion<uint32_t>& done) {
+                           const OperationTrace& trace, const Completion<uint32_t>& done) {
   auto found = FindSequence(session, request.sequence);
   if (!found.ok()) return done(found.status());
   Sequence& sequence = **found;
@@ -131,10 +137,12 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
   auto range = ArenaBytes(session, request.arena, request.ring_offset, bytes);
   if (!range.ok()) return done(range.status());
   if (session.ranges.size() >= kMaxRangesInFlight) {
+    CountRefused(Limit::kRingCredits);
     return done(absl::ResourceExhaustedError(
         fmt::format("{} ranges are in flight, the most there may be", session.ranges.size())));
   }
   if (!session.ranges.Acquire(request.arena, request.ring_offset, bytes)) {
+    CountRefused(Limit::kRingCredits);
     return done(absl::ResourceExhaustedError(
         fmt::format("beyond the credits: {} bytes at offset {} of arena {} touch a range that has "
                     "not come back",
@@ -145,14 +153,21 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
       sequence.pieces.Plan(request.layer_begin, request.layer_count, end, request.end_of_prompt);
   if (!admission.ok()) {
     session.ranges.Release(request.arena, request.ring_offset);
+    CountRefused(Limit::kHostMemory);
     return done(admission.status());
   }
+  Arena& arena = session.arenas.at(request.arena);
+  if (!std::exchange(arena.ring, true)) session.ring_bytes += arena.bytes;
 
   auto work = std::make_shared<StageWork>();
   work->sequence = &sequence;
   work->request = request;
   work->range = *range;
+  work->admitted = options_.now();
   work->moves = std::move(admission->moves);
+  work->bytes = bytes;
+  work->trace = trace;
+  work->trace.End("core_queue_ms");
   sequence.pieces.Commit(*std::move(admission), request.layer_begin,
                          std::max(request.position, sequence.method.sink_tokens), end, work->spans);
   for (uint32_t i = 0; i < request.layer_count; ++i) {
@@ -164,16 +179,15 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
   if (std::ranges::all_of(sequence.layers, &LayerProgress::prompt_ended)) work->length_after = end;
   sequence.last_range = request;
   ++sequence.in_flight;
-  stage_.Post([this, work, bytes, session_id = session.id] {
-    absl::Status status = RunStage(*work);
-    core_.Post([this, work, bytes, session_id, status] {
-      FinishStage(session_id, work->request.sequence, work->request, bytes, status);
-    });
+  stage_.Post([this, work, session_id = session.id] {
+    const absl::Status status = RunStage(*work);
+    core_.Post([this, work, session_id, status] { FinishStage(session_id, *work, status); });
   });
   done(sequence.arrived());
 }
 
-absl::Status ServiceCore::RunStage(const StageWork& work) {
+absl::Status ServiceCore::RunStage(StageWork& work) {
+  work.trace.End("stage_queue_ms");
   const Sequence& sequence = *work.sequence;
   const gpu::Shape& shape = sequence.request.shape;
   const IngestRequest& request = work.request;
@@ -211,19 +225,34 @@ absl::Status ServiceCore::RunStage(const StageWork& work) {
                                               .length_after = work.length_after});
   };
   const absl::Status status = enqueue();
+  work.seconds = work.trace.End("enqueue_ms");
   const absl::Status finished = stage_stream_->Synchronize();
+  work.seconds += work.trace.End("device_ms");
   return status.ok() ? finished : status;
 }
 
-void ServiceCore::FinishStage(SessionId session_id, SequenceId sequence_id,
-                              const IngestRequest& request, uint64_t bytes,
-                              const absl::Status& status) {
-  Sequence& sequence = *SequenceById(session_id, sequence_id);  // stays while work is in flight
+void ServiceCore::FinishStage(SessionId session_id, StageWork& work, const absl::Status& status) {
+  const IngestRequest& request = work.request;
+  Sequence& sequence = *SequenceById(session_id, request.sequence);  // stays: work is in flight
   Session& session = sequence.session;
+  work.trace.End("core_return_ms");
+  slow_log_.Report(SlowLog::kIngestTokens, work.trace,
+                   {{"session", session_id},
+                    {"sequence", sequence.id},
+                    {"position", request.position},
+                    {"tokens", request.count},
+                    {"layers", request.layer_count}});
   --sequence.in_flight;
   session.ranges.Release(request.arena, request.ring_offset);
-  if (session.sink) session.sink->CreditReturned(request.arena, request.ring_offset, bytes);
-  if (!status.ok()) Fail(sequence, status);
+  if (session.sink) session.sink->CreditReturned(request.arena, request.ring_offset, work.bytes);
+  counters_.ingest.range.Observe(absl::ToDoubleSeconds(options_.now() - work.admitted));
+  if (status.ok()) {
+    counters_.ingest.bytes += work.bytes;
+    counters_.d2h.bytes += work.bytes;
+    counters_.d2h.seconds += work.seconds;
+  } else {
+    Fail(sequence, status);
+  }
   if (sequence.releasing || !sequence.failure.ok()) return MaybeFinishRelease(sequence);
   const uint32_t before = sequence.arrived();
   for (uint32_t i = 0; i < request.layer_count; ++i) {
@@ -254,8 +283,10 @@ void ServiceCore::SubmitLayer(Sequence& sequence, uint32_t layer, const gpu::Seg
   const uint32_t ordinal = sequence.layers[layer].next_segment;
   const size_t index = ordinal - sequence.published_segments;
   if (index == sequence.pending.size()) {
-    sequence.pending.push_back(
-        {.segment = segment, .layers = std::vector<ClusterResult>(sequence.layers.size())});
+    sequence.pending.push_back({.segment = segment,
+                                .complete = options_.now(),
+                                .layers = std::vector<ClusterResult>(sequence.layers.size())});
+    ++counters_.clustering.pending_segments;
   }
   const gpu::Shape& shape = sequence.request.shape;
   const Piece& piece = sequence.pieces.piece(layer, ordinal);
@@ -291,14 +322,28 @@ void ServiceCore::FinishCluster(SessionId session_id, SequenceId sequence_id, ui
                                 uint32_t layer, absl::StatusOr<ClusterResult> result) {
   Sequence& sequence = *SequenceById(session_id, sequence_id);
   --sequence.in_flight;
-  if (!result.ok()) Fail(sequence, result.status());
-  if (sequence.releasing || !sequence.failure.ok()) return MaybeFinishRelease(sequence);
-  counters_.cluster_problems += result->heads.size();
-  counters_.cluster_seconds += result->seconds;
   PendingSegment& pending = sequence.pending[ordinal - sequence.published_segments];
+  if (result.ok()) {
+    CountClustered(sequence, pending.segment.tokens(), *result);
+  } else {
+    Fail(sequence, result.status());
+  }
+  if (sequence.releasing || !sequence.failure.ok()) return MaybeFinishRelease(sequence);
   pending.layers[layer] = *std::move(result);
   ++pending.layers_done;
   MaybePublish(sequence);
+}
+
+void ServiceCore::CountClustered(const Sequence& sequence, uint32_t tokens,
+                                 const ClusterResult& result) {
+  const uint64_t problems = result.heads.size();
+  counters_.clustering.problems += problems;
+  counters_.clustering.tokens += problems * tokens;
+  counters_.clustering.iterations += problems * sequence.method.kmeans_iterations;
+  counters_.clustering.seconds += result.seconds;
+  for (const HeadClusters& head : result.heads) counters_.clustering.clusters += head.count;
+  counters_.d2h.bytes += problems * tokens * sequence.layout.row_bytes();
+  counters_.d2h.seconds += result.permute_seconds;
 }
 
 void ServiceCore::MaybePublish(Sequence& sequence) {
@@ -350,6 +395,8 @@ void ServiceCore::FinishPublish(SessionId session_id, SequenceId sequence_id,
   if (sequence.releasing || !sequence.failure.ok()) return MaybeFinishRelease(sequence);
   const PendingSegment published = std::move(sequence.pending.front());
   sequence.pending.pop_front();
+  --counters_.clustering.pending_segments;
+  counters_.clustering.publish.Observe(absl::ToDoubleSeconds(options_.now() - published.complete));
   size_t problem = 0;
   for (const ClusterResult& layer : published.layers) {
     for (const HeadClusters& head : layer.heads) {
@@ -358,6 +405,7 @@ void ServiceCore::FinishPublish(SessionId session_id, SequenceId sequence_id,
   }
   ++sequence.published_segments;
   sequence.cut = published.segment.end;
+  sequence.segment_ends.push_back(sequence.cut);
   ++counters_.published_segments;
   counters_.clustered_tokens += published.segment.tokens();
   const PublishedInfo info{.segments = sequence.published_segments, .cut = sequence.cut};
@@ -398,6 +446,7 @@ void ServiceCore::DoWait(Session& session, Sequence& sequence, Waiter waiter) {
     return waiter.done(PublishedInfo{sequence.published_segments, sequence.cut});
   }
   if (session.waiters >= kMaxWaitersPerSession) {
+    CountRefused(Limit::kWaiters);
     return waiter.done(absl::ResourceExhaustedError(
         fmt::format("{} calls wait already, the most there may be", session.waiters)));
   }

@@ -41,6 +41,7 @@ void Session::OnChunkReturned(PoolChunk pool_chunk) { returned.push_back(pool_ch
 
 absl::Status ServiceCore::TakeGpuBytes(Session& session, uint64_t bytes) {
   if (options_.gpu_memory_bytes > 0 && bytes > options_.gpu_memory_bytes - gpu_used_bytes_) {
+    CountRefused(Limit::kGpuMemory);
     return absl::ResourceExhaustedError(
         fmt::format("gpu-memory: {} bytes asked for, {} of {} in use", bytes, gpu_used_bytes_,
                     options_.gpu_memory_bytes));
@@ -83,6 +84,7 @@ void ServiceCore::DoAllocateArena(Session& session, uint64_t bytes, Completion<A
   }
   const size_t arenas = session.arenas.size() + session.in_flight;
   if (arenas >= options_.max_arenas_per_session) {
+    CountRefused(Limit::kArenas);
     return done(absl::ResourceExhaustedError(
         fmt::format("session {} has {} arenas, the most there may be", session.id, arenas)));
   }

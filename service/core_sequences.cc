@@ -23,7 +23,8 @@ Sequence::Sequence(Session& owner, SequenceId sequence_id, const RegisterRequest
       layers(registered.shape.layers, LayerProgress(resolved)),
       published_clusters(registered.shape.problems()),
       cut(resolved.sink_tokens),
-      counters(registered.shape.layers) {}
+      counters(registered.shape.layers),
+      evicted_tokens(registered.shape.layers) {}
 
 uint32_t Sequence::arrived() const {
   return std::ranges::min_element(layers, {}, &LayerProgress::arrived)->arrived;
@@ -102,6 +103,7 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
         method.decode_segment_tokens, segments, gpu::kMaxSegmentsOfRange)));
   }
   if (session.sequences.size() >= options_.max_sequences_per_session) {
+    CountRefused(Limit::kSequences);
     return done(absl::ResourceExhaustedError(
         fmt::format("session {} has {} sequences, the most there may be", session.id,
                     session.sequences.size())));
@@ -115,6 +117,7 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
       pool_->chunk_bytes());
   if (absl::Status full = session.memory->AddReservation(chunks); !full.ok()) {
     GiveGpuBytes(session, layout->total_bytes);
+    CountRefused(Limit::kHostMemory);
     return done(full);
   }
   auto sequence = std::make_unique<Sequence>(session, next_sequence_++, request, method, *layout);
@@ -123,6 +126,7 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
   sequence->generation = next_generation_++;
   sequence->registering.push_back(std::move(done));
   Sequence& made = *sequence;
+  CountRegistered(made);
   session.idempotency[request.idempotency_key] = made.id;
   session.sequences[made.id] = std::move(sequence);
   MakeState(made);
@@ -215,7 +219,7 @@ void ServiceCore::Release(Sequence& sequence) {
   sequence.releasing = true;
   sequence.session.idempotency.erase(sequence.request.idempotency_key);
   FailWaiters(sequence, absl::NotFoundError(fmt::format("sequence {} was released", sequence.id)));
-  if (!sequence.served()) SampleCounters(sequence);  // what was counted last must not be lost
+  TakeSamples({&sequence});  // what was counted last must not be lost
   MaybeFinishRelease(sequence);
 }
 
@@ -229,6 +233,7 @@ void ServiceCore::MaybeFinishRelease(Sequence& sequence) {
   FreeDeviceMemory(std::move(sequence.state), session, sequence.gpu_bytes);
   const auto callers = std::exchange(sequence.released, {});
   LogInfo("sequence released", {{"session", session.id}, {"sequence", sequence.id}});
+  CountReleased(sequence);
   session.sequences.erase(sequence.id);
   RecycleReturned(session);
   PublishStatus();
@@ -239,6 +244,7 @@ void ServiceCore::MaybeFinishRelease(Sequence& sequence) {
 void ServiceCore::Fail(Sequence& sequence, const absl::Status& why) {
   if (!sequence.failure.ok()) return;
   sequence.failure = why;
+  ++CountersOf(sequence).failed;
   LogError("sequence failed", {{"session", sequence.session.id},
                                {"sequence", sequence.id},
                                {"why", std::string(why.message())}});
@@ -289,57 +295,6 @@ SequenceStatus ServiceCore::Describe(const Sequence& sequence) const {
           .host_bytes = sequence.pieces.bytes(),
           .state_bytes = sequence.layout.total_bytes,
           .failure = std::string(sequence.failure.message())};
-}
-
-// The copy runs on the memory thread: on a GPU it must not hold up the core.
-void ServiceCore::SampleCounters(Sequence& sequence) {
-  if (sequence.state == nullptr) return;
-  sequence.sampling = true;
-  ++sequence.in_flight;
-  memory_.Post([this, &sequence] {
-    auto sampled = std::make_shared<std::vector<gpu::LayerCounters>>(sequence.layout.layers);
-    absl::Status status = memory_stream_->CopyAsync(
-        sampled->data(), sequence.state->data() + sequence.layout.counters,
-        sampled->size() * sizeof(gpu::LayerCounters));
-    const absl::Status finished = memory_stream_->Synchronize();
-    if (status.ok()) status = finished;
-    core_.Post([this, &sequence, sampled, status] {
-      --sequence.in_flight;
-      sequence.sampling = false;
-      if (status.ok()) FoldCounters(sequence, *sampled);
-      MaybeFinishRelease(sequence);
-      PublishStatus();
-    });
-  });
-}
-
-// A worker can write its counters: one that falls or leaps is ignored, and no total goes beyond a
-// ceiling, so that ours, and sums of two of ours, never fall.
-void ServiceCore::FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled) {
-  CacheCounters& total = sequence.served() ? counters_.served : counters_.direct;
-  const uint64_t row_bytes = sequence.layout.row_bytes();
-  const auto fold = [](uint64_t now, uint64_t& before) {
-    constexpr uint64_t kLeap = 1ull << 40;
-    if (now < before || now - before > kLeap) return uint64_t{0};
-    return now - std::exchange(before, now);
-  };
-  const auto add = [](uint64_t& sum, uint64_t amount) {
-    constexpr uint64_t kCeiling = 1ull << 62;
-    sum += std::min(amount, kCeiling - sum);
-  };
-  for (size_t layer = 0; layer < sampled.size(); ++layer) {
-    const gpu::LayerCounters& now = sampled[layer];
-    gpu::LayerCounters& before = sequence.counters[layer];
-    add(total.hit_clusters, fold(now.hit_clusters, before.hit_clusters));
-    add(total.missed_clusters, fold(now.missed_clusters, before.missed_clusters));
-    const uint64_t hit_tokens = fold(now.hit_tokens, before.hit_tokens);
-    const uint64_t missed_tokens = fold(now.missed_tokens, before.missed_tokens);
-    add(total.hit_tokens, hit_tokens);
-    add(total.missed_tokens, missed_tokens);
-    add(total.hit_bytes, hit_tokens * row_bytes);
-    add(total.missed_bytes, missed_tokens * row_bytes);
-    add(total.gathered_bytes, fold(now.gathered_bytes, before.gathered_bytes));
-  }
 }
 
 }  // namespace clusterkv::service

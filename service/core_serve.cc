@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <set>
 #include <utility>
 
@@ -16,6 +17,9 @@ namespace clusterkv::service {
 namespace {
 
 constexpr size_t kMaxItems = 256;
+
+// Of one call in so many the device's phases are timed: it waits for the device between them.
+constexpr uint64_t kTimedCalls = 64;
 
 }  // namespace
 
@@ -37,20 +41,27 @@ struct ServiceCore::ServeWork {
   std::vector<Item> items;
   std::vector<ServePlace> places;  // of the items
   Completion<std::vector<FetchResult>> done;
+
+  OperationTrace trace;
+  bool timed = false;
+  double queue_seconds = 0, finish_seconds = 0;
+  double prepare_seconds = 0, gather_seconds = 0, attend_seconds = 0;  // if timed
 };
 
 void ServiceCore::FetchClusters(SessionKey key, FetchRequest request,
                                 Completion<std::vector<FetchResult>> done) {
-  Call<std::vector<FetchResult>>(std::move(done),
-                                 [this, key = std::move(key), request = std::move(request)](
-                                     Completion<std::vector<FetchResult>> reply) mutable {
-                                   auto session = FindSession(key);
-                                   if (!session.ok()) return reply(session.status());
-                                   DoFetch(**session, std::move(request), std::move(reply));
-                                 });
+  OperationTrace trace(key.request_id);
+  Call<std::vector<FetchResult>>(
+      std::move(done),
+      [this, key = std::move(key), request = std::move(request),
+       trace = std::move(trace)](Completion<std::vector<FetchResult>> reply) mutable {
+        auto session = FindSession(key);
+        if (!session.ok()) return reply(session.status());
+        DoFetch(**session, std::move(request), trace, std::move(reply));
+      });
 }
 
-void ServiceCore::DoFetch(Session& session, FetchRequest request,
+void ServiceCore::DoFetch(Session& session, FetchRequest request, const OperationTrace& trace,
                           Completion<std::vector<FetchResult>> done) {
   if (request.items.empty() || request.items.size() > kMaxItems) {
     return done(absl::InvalidArgumentError(
@@ -80,6 +91,7 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request,
       for (size_t i = 0; i < admissions.size(); ++i) {
         work->items[i].sequence->pieces.Discard(admissions[i]);
       }
+      CountRefused(Limit::kHostMemory);
       return done(admission.status());
     }
     admissions.push_back(*std::move(admission));
@@ -100,6 +112,9 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request,
     sequence.step.next_layer = layer + 1;
   }
   work->done = std::move(done);
+  work->trace = trace;
+  work->queue_seconds = work->trace.End("core_queue_ms");
+  work->timed = served_calls_++ % kTimedCalls == 0;
   serve_.Post([this, work] {
     absl::Status status = RunServe(*work);
     core_.Post([this, work, status] { FinishServe(work, status); });
@@ -230,38 +245,59 @@ absl::Status ServiceCore::StageServed(const ServeWork& work, const ServeTensors&
   return absl::OkStatus();
 }
 
-absl::Status ServiceCore::RunServe(ServeWork& work) {
+absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::Batch beginning) {
   const gpu::Shape& shape = work.items.front().sequence->request.shape;
   const uint32_t layer = work.request.layer;
-  std::vector<gpu::BatchSlot> batch, beginning;
-  for (const ServeWork::Item& item : work.items) {
-    batch.push_back(item.sequence->slot());
-    if (layer == 0 && !item.repeated) beginning.push_back(batch.back());
-  }
   gpu::DecodeOps& ops = device_->decode_ops();
   gpu::Stream& stream = *serve_stream_;
   ServeTensors& tensors = *serve_tensors_;
-  const auto enqueue = [&]() -> absl::Status {
-    CKV_RETURN_IF_ERROR(tensors.Prepare(stream, shape, work.places));
-    CKV_RETURN_IF_ERROR(StageServed(work, tensors));
-    if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
-    CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
-    CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(),
-                                        work.budget_tokens, tensors.target()));
-    if (work.request.want_output) {
-      CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
-    }
-    CKV_RETURN_IF_ERROR(ops.ReportLayer(stream, batch, layer,
-                                        {tensors.reports().data(), tensors.reports().size()}));
-    return ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()});
+  const auto end_phase = [&](const char* name, double& seconds) -> absl::Status {
+    absl::Status finished = stream.Synchronize();
+    seconds = work.trace.End(name);
+    return finished;
   };
-  const absl::Status status = enqueue();
-  const absl::Status finished = stream.Synchronize();
+  CKV_RETURN_IF_ERROR(tensors.Prepare(stream, shape, work.places));
+  CKV_RETURN_IF_ERROR(StageServed(work, tensors));
+  if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
+  CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
+  if (work.timed) {
+    CKV_RETURN_IF_ERROR(ops.Select(stream, batch, layer, tensors.queries(), work.budget_tokens));
+    CKV_RETURN_IF_ERROR(end_phase("prepare_ms", work.prepare_seconds));
+    CKV_RETURN_IF_ERROR(ops.Fetch(stream, batch, layer));
+    CKV_RETURN_IF_ERROR(end_phase("gather_ms", work.gather_seconds));
+    CKV_RETURN_IF_ERROR(ops.Attend(stream, batch, layer, tensors.queries(), tensors.target()));
+  } else {
+    CKV_RETURN_IF_ERROR(ops.DecodeLayer(stream, batch, layer, tensors.queries(), work.budget_tokens,
+                                        tensors.target()));
+  }
+  if (work.request.want_output) {
+    CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
+  }
+  CKV_RETURN_IF_ERROR(
+      ops.ReportLayer(stream, batch, layer, {tensors.reports().data(), tensors.reports().size()}));
+  CKV_RETURN_IF_ERROR(
+      ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()}));
+  if (work.timed) return end_phase("attend_ms", work.attend_seconds);
+  work.trace.End("enqueue_ms");
+  return absl::OkStatus();
+}
+
+absl::Status ServiceCore::RunServe(ServeWork& work) {
+  work.queue_seconds += work.trace.End("serve_queue_ms");
+  std::vector<gpu::BatchSlot> batch, beginning;
+  for (const ServeWork::Item& item : work.items) {
+    batch.push_back(item.sequence->slot());
+    if (work.request.layer == 0 && !item.repeated) beginning.push_back(batch.back());
+  }
+  const absl::Status status = EnqueueServe(work, batch, beginning);
+  const absl::Status finished = serve_stream_->Synchronize();
+  if (!work.timed) work.trace.End("device_ms");
   CKV_RETURN_IF_ERROR(status);
   CKV_RETURN_IF_ERROR(finished);
   for (size_t i = 0; i < work.items.size(); ++i) {
     CKV_RETURN_IF_ERROR(TakeServed(work, i, batch[i]));
   }
+  work.trace.End("results_ms");
   return absl::OkStatus();
 }
 
@@ -297,10 +333,28 @@ absl::Status ServiceCore::TakeServed(ServeWork& work, size_t index, const gpu::B
   return absl::OkStatus();
 }
 
+void ServiceCore::CountServed(const ServeWork& work, uint64_t gathered_bytes) {
+  FetchStatus& fetch = counters_.fetch;
+  const auto phase = [&](FetchPhase which) -> Mean& {
+    return fetch.phases[static_cast<size_t>(which)];
+  };
+  fetch.sequences += work.items.size();
+  fetch.call.Observe(work.trace.seconds());
+  phase(FetchPhase::kQueue).Observe(work.queue_seconds);
+  phase(FetchPhase::kFinish).Observe(work.finish_seconds);
+  if (!work.timed) return;
+  phase(FetchPhase::kPrepare).Observe(work.prepare_seconds);
+  phase(FetchPhase::kGather).Observe(work.gather_seconds);
+  phase(FetchPhase::kAttend).Observe(work.attend_seconds);
+  counters_.h2d.bytes += gathered_bytes;
+  counters_.h2d.seconds += work.gather_seconds;
+}
+
 void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Status status) {
   std::vector<FetchResult> results;
   std::vector<Sequence*> sequences;
   std::vector<std::string> failures;
+  uint64_t gathered_bytes = 0;
   for (ServeWork::Item& item : work->items) {
     Sequence& sequence = *item.sequence;
     --sequence.in_flight;
@@ -314,7 +368,12 @@ void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Stat
     std::vector<gpu::LayerCounters> counters = sequence.counters;
     counters[work->request.layer] = item.after;
     FoldCounters(sequence, counters);
+    gathered_bytes += item.result.gathered_bytes;
     results.push_back(std::move(item.result));
+    if (!item.repeated) {
+      const gpu::Shape& shape = sequence.request.shape;
+      counters_.ingest.bytes += uint64_t{shape.kv_heads} * shape.row_bytes();
+    }
     if (sequence.releasing || !sequence.failure.ok() || item.repeated) continue;
     const uint32_t before = sequence.arrived();
     LayerProgress& layer = sequence.layers[work->request.layer];
@@ -322,6 +381,13 @@ void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Stat
     counters_.ingested_tokens += sequence.arrived() - before;
     SubmitReady(sequence);
   }
+  work->finish_seconds = work->trace.End("core_return_ms");
+  slow_log_.Report(SlowLog::kFetchClusters, work->trace,
+                   {{"session", work->session},
+                    {"sequence", work->items.front().sequence->id},
+                    {"sequences", work->items.size()},
+                    {"layer", work->request.layer}});
+  if (status.ok()) CountServed(*work, gathered_bytes);
   PublishStatus();
   if (status.ok() && !failures.empty()) {
     status = absl::InternalError(

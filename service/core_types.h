@@ -23,10 +23,12 @@ using ArenaId = uint32_t;  // unique in its session; 0 is none
 template <typename T>
 using Completion = std::function<void(absl::StatusOr<T>)>;
 
+// Who calls.
 struct SessionKey {
   std::string token;
   uint64_t boot_epoch = 0;
-  GrantId grant = kNoGrant;  // of the socket that the call came by; the worker has no say
+  GrantId grant = kNoGrant;     // of the socket that the call came by; the worker has no say
+  std::string request_id = {};  // of the call, for the log
 };
 
 struct SessionGroup {
@@ -39,7 +41,8 @@ struct HelloInfo {
   std::vector<uint32_t> state_layout_versions;
   std::string client_name;
   std::optional<SessionGroup> group;
-  GrantId grant = kNoGrant;  // of the socket that it came by
+  GrantId grant = kNoGrant;     // of the socket that it came by
+  std::string request_id = {};  // of the Session call, for the log
 };
 
 struct WelcomeInfo {
@@ -118,6 +121,16 @@ struct FetchResult {
   uint32_t hit_clusters = 0, missed_clusters = 0;
   uint64_t hit_tokens = 0, missed_tokens = 0;  // of whole clusters
   uint64_t gathered_bytes = 0;
+};
+
+// A layer of a direct step, as a worker saw it: see service/recall_audit.h.
+struct AuditRequest {
+  SequenceId sequence = 0;
+  uint32_t layer = 0;
+  uint32_t cut = 0;
+  std::string queries;          // dtype [q_heads][head_dim]
+  std::vector<float> lse;       // [q_heads]
+  std::vector<int32_t> chosen;  // [kv_heads][any], -1 beyond the last
 };
 
 struct SequenceStatus {

@@ -6,6 +6,8 @@ add_library(clusterkv_rpc STATIC
   ${CMAKE_CURRENT_LIST_DIR}/rpc/cluster_kv_service.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/convert.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/grpc_server.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/request_id.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/rpc_counters.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/session_reactor.cc
   ${CMAKE_CURRENT_LIST_DIR}/socket_lock.cc)
 target_link_libraries(clusterkv_rpc

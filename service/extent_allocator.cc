@@ -1,5 +1,6 @@
 #include "service/extent_allocator.h"
 
+#include <algorithm>
 #include <iterator>
 
 namespace clusterkv::service {
@@ -44,6 +45,20 @@ void ExtentAllocator::Shrink(Extent& extent, uint64_t bytes) {
 bool ExtentAllocator::chunk_empty(uint32_t chunk) const {
   const Chunk& found = chunks_.at(chunk);
   return found.free_bytes == found.bytes;
+}
+
+uint64_t ExtentAllocator::used_bytes() const {
+  uint64_t used = 0;
+  for (const auto& [index, chunk] : chunks_) used += chunk.bytes - chunk.free_bytes;
+  return used;
+}
+
+uint64_t ExtentAllocator::largest_hole() const {
+  uint64_t largest = 0;
+  for (const auto& [index, chunk] : chunks_) {
+    for (const auto& [offset, bytes] : chunk.holes) largest = std::max(largest, bytes);
+  }
+  return largest;
 }
 
 void ExtentAllocator::AddHole(Chunk& chunk, uint64_t offset, uint64_t bytes) {

@@ -32,6 +32,8 @@ class ExtentAllocator {
   void Shrink(Extent& extent, uint64_t bytes);
 
   bool chunk_empty(uint32_t chunk) const;
+  uint64_t used_bytes() const;    // of all chunks
+  uint64_t largest_hole() const;  // looks at every hole
 
  private:
   struct Chunk {

@@ -140,6 +140,7 @@ absl::Status HostPool::PinChunks(gpu::Device& device) {
   pin();
   for (std::thread& thread : threads) thread.join();
   CKV_RETURN_IF_ERROR(first_error);
+  pinned_ = !device.computes_on_host_memory();
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   LogInfo("host memory ready",
@@ -202,7 +203,9 @@ HostPoolStatus HostPool::status() const {
   return {.total_bytes = chunk_count() * chunk_bytes_,
           .used_bytes = lent_ * chunk_bytes_,
           .reserved_bytes = reserved_ * chunk_bytes_,
-          .quarantined_bytes = quarantined_ * chunk_bytes_};
+          .quarantined_bytes = quarantined_ * chunk_bytes_,
+          .pinned_bytes = pinned_ ? chunk_count() * chunk_bytes_ : 0,
+          .chunk_bytes = chunk_bytes_};
 }
 
 }  // namespace clusterkv::service

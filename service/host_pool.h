@@ -74,6 +74,7 @@ class HostPool {
 
   gpu::UniqueFd lock_;  // flock on the directory's lock file
   const uint64_t chunk_bytes_;
+  bool pinned_ = false;  // a device that has memory of its own reaches the chunks
   std::vector<Chunk> chunks_;
   std::vector<PoolChunk> free_;
   uint32_t reserved_ = 0;

@@ -12,6 +12,7 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "service/recent_errors.h"
 
 namespace clusterkv::service {
 namespace {
@@ -28,20 +29,6 @@ spdlog::logger& Logger() {
     return made;
   }();
   return *logger;
-}
-
-const char* LevelName(LogLevel level) {
-  switch (level) {
-    case LogLevel::kDebug:
-      return "debug";
-    case LogLevel::kInfo:
-      return "info";
-    case LogLevel::kWarning:
-      return "warning";
-    case LogLevel::kError:
-      return "error";
-  }
-  return "error";
 }
 
 spdlog::level::level_enum SpdlogLevel(LogLevel level) {
@@ -63,8 +50,9 @@ nlohmann::ordered_json ToJson(const LogField::Value& value) {
 }
 
 std::string Dump(const nlohmann::ordered_json& json) {
-  // A message may hold whatever bytes a client sent.
-  return json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+  // A message may hold whatever bytes a client sent. ASCII only: U+2028 and the like end a line for
+  // some readers of logs.
+  return json.dump(-1, ' ', true, nlohmann::ordered_json::error_handler_t::replace);
 }
 
 // Needs no quotes in `name=value`.
@@ -80,14 +68,30 @@ std::string OneLine(std::string message) {
 
 void Log(LogLevel level, const std::string& message, LogFields fields) {
   spdlog::logger& logger = Logger();
-  if (!logger.should_log(SpdlogLevel(level))) return;
+  const bool kept = level == LogLevel::kWarning || level == LogLevel::kError;
+  if (!kept && !logger.should_log(SpdlogLevel(level))) return;
   const std::string now =
       absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", absl::Now(), absl::UTCTimeZone());
+  if (kept) DaemonErrors().Add(now, LogLevelName(level), message, LogText(message, fields));
   const std::string line = FormatLogLine(format.load(), now, level, message, fields);
   logger.log(SpdlogLevel(level), "{}", line);
 }
 
 }  // namespace
+
+const char* LogLevelName(LogLevel level) {
+  switch (level) {
+    case LogLevel::kDebug:
+      return "debug";
+    case LogLevel::kInfo:
+      return "info";
+    case LogLevel::kWarning:
+      return "warning";
+    case LogLevel::kError:
+      return "error";
+  }
+  return "error";
+}
 
 void InitLogging(LogFormat chosen, LogLevel level) {
   format.store(chosen);
@@ -97,17 +101,22 @@ void InitLogging(LogFormat chosen, LogLevel level) {
 std::string FormatLogLine(LogFormat chosen, const std::string& timestamp, LogLevel level,
                           const std::string& message, LogFields fields) {
   if (chosen == LogFormat::kJson) {
-    nlohmann::ordered_json line{{"ts", timestamp}, {"level", LevelName(level)}, {"msg", message}};
+    nlohmann::ordered_json line{
+        {"ts", timestamp}, {"level", LogLevelName(level)}, {"msg", message}};
     for (const LogField& field : fields) line[field.name] = ToJson(field.value);
     return Dump(line);
   }
-  std::string line = timestamp + " " + LevelName(level) + " " + OneLine(message);
+  return timestamp + " " + LogLevelName(level) + " " + LogText(message, fields);
+}
+
+std::string LogText(const std::string& message, LogFields fields) {
+  std::string text = OneLine(message);
   for (const LogField& field : fields) {
-    const auto* text = std::get_if<std::string>(&field.value);
-    const bool plain = text != nullptr && !text->empty() && std::ranges::all_of(*text, IsPlain);
-    line += std::string(" ") + field.name + "=" + (plain ? *text : Dump(ToJson(field.value)));
+    const auto* word = std::get_if<std::string>(&field.value);
+    const bool plain = word != nullptr && !word->empty() && std::ranges::all_of(*word, IsPlain);
+    text += std::string(" ") + field.name + "=" + (plain ? *word : Dump(ToJson(field.value)));
   }
-  return line;
+  return text;
 }
 
 void LogDebug(const std::string& message, LogFields fields) {

@@ -7,15 +7,19 @@
 
 #include <concepts>
 #include <cstdint>
-#include <initializer_list>
 #include <string>
 #include <utility>
 #include <variant>
+
+#include "absl/types/span.h"
 
 namespace clusterkv::service {
 
 enum class LogFormat { kText, kJson };
 enum class LogLevel { kDebug, kInfo, kWarning, kError };
+
+// "debug", "info", "warning", "error".
+const char* LogLevelName(LogLevel level);
 
 struct LogField {
   using Value = std::variant<uint64_t, int64_t, double, bool, std::string>;
@@ -34,7 +38,7 @@ struct LogField {
   Value value;
 };
 
-using LogFields = std::initializer_list<LogField>;
+using LogFields = absl::Span<const LogField>;
 
 // Until then: text, from info on.
 void InitLogging(LogFormat format, LogLevel level);
@@ -44,8 +48,12 @@ void LogInfo(const std::string& message, LogFields fields = {});
 void LogWarning(const std::string& message, LogFields fields = {});
 void LogError(const std::string& message, LogFields fields = {});
 
+// Warnings and errors are also kept, whatever the log's own level (service/recent_errors.h).
+
 // One line of the log, without its line break.
 std::string FormatLogLine(LogFormat format, const std::string& timestamp, LogLevel level,
                           const std::string& message, LogFields fields);
+// What follows the level in a line of text: the message, then `name=value` of each field.
+std::string LogText(const std::string& message, LogFields fields);
 
 }  // namespace clusterkv::service

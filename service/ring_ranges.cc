@@ -16,9 +16,15 @@ bool RingRanges::Acquire(uint32_t arena, uint64_t offset, uint64_t bytes) {
     }
   }
   ranges_.emplace_hint(next, std::pair(arena, offset), bytes);
+  bytes_ += bytes;
   return true;
 }
 
-void RingRanges::Release(uint32_t arena, uint64_t offset) { ranges_.erase({arena, offset}); }
+void RingRanges::Release(uint32_t arena, uint64_t offset) {
+  const auto found = ranges_.find({arena, offset});
+  if (found == ranges_.end()) return;
+  bytes_ -= found->second;
+  ranges_.erase(found);
+}
 
 }  // namespace clusterkv::service

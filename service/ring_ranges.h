@@ -15,9 +15,11 @@ class RingRanges {
   bool Acquire(uint32_t arena, uint64_t offset, uint64_t bytes);
   void Release(uint32_t arena, uint64_t offset);
   size_t size() const { return ranges_.size(); }
+  uint64_t bytes() const { return bytes_; }
 
  private:
   std::map<std::pair<uint32_t, uint64_t>, uint64_t> ranges_;  // (arena, offset) -> bytes
+  uint64_t bytes_ = 0;                                        // of all of them
 };
 
 }  // namespace clusterkv::service

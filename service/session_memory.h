@@ -58,6 +58,8 @@ class SessionMemory {
   void ReleaseAll();
 
   uint64_t lent_bytes() const { return lent_ * pool_.chunk_bytes(); }
+  uint64_t extent_bytes() const { return allocator_.used_bytes(); }
+  uint64_t largest_hole() const { return allocator_.largest_hole(); }
   bool holds_nothing() const { return chunks_.empty(); }
 
  private:

@@ -22,6 +22,7 @@
 #include "service/piece_table.h"
 #include "service/ring_ranges.h"
 #include "service/session_memory.h"
+#include "service/slow_log.h"
 
 namespace clusterkv::service {
 
@@ -32,6 +33,7 @@ constexpr size_t kMaxSessionChunks = 65'536;
 // A segment whose layers are being clustered, until it is published.
 struct PendingSegment {
   gpu::Segment segment;
+  absl::Time complete;  // when the first of its layers was
   uint32_t layers_done = 0;
   std::vector<ClusterResult> layers;  // [layers]
 };
@@ -84,13 +86,18 @@ struct Sequence {
   std::deque<PendingSegment> pending;        // first: ordinal published_segments
   std::vector<uint32_t> published_clusters;  // per (layer, head)
   uint32_t published_segments = 0;
+  std::vector<uint32_t> segment_ends;  // of the published ones
   uint32_t cut = 0;
   bool publishing = false;
   std::vector<Waiter> waiters;
 
   ServedStep step;
-  std::vector<gpu::LayerCounters> counters;  // as last sampled
-  bool sampling = false;                     // a sample is on its way
+  // As last sampled.
+  std::vector<gpu::LayerCounters> counters;
+  std::vector<uint64_t> evicted_tokens;  // per layer
+  uint64_t steps = 0;
+  uint64_t cached_bytes = 0;  // in its cluster cache
+  bool sampling = false;      // a sample is on its way
 
   absl::Status failure;
   uint32_t in_flight = 0;  // pieces of device work that use its memory
@@ -101,11 +108,13 @@ struct Sequence {
   uint32_t arrived() const;  // of the layer that is furthest behind
   bool prompt_ended() const;
   gpu::BatchSlot slot() const;
+  uint64_t cache_bytes() const;  // capacity of its cluster cache, all layers and heads
 };
 
 struct Arena {
   std::unique_ptr<gpu::DeviceMemory> memory;
   uint64_t bytes = 0;
+  bool ring = false;  // a range was handed over in it
 };
 
 struct Session : ChunkEvents {
@@ -142,13 +151,16 @@ struct Session : ChunkEvents {
   uint32_t in_flight = 0;  // pieces of work that need the session, beside its sequences'
   uint64_t gpu_bytes = 0;
   RingRanges ranges;
+  uint64_t ring_bytes = 0;  // of the arenas that are rings
 
   std::map<SequenceId, std::unique_ptr<Sequence>> sequences;
   std::unordered_map<uint64_t, SequenceId> idempotency;
   size_t waiters = 0;
 
   bool over = false;         // ended: only waits for its sequences to drain
+  bool idle = false;         // and they have
   bool worker_gone = false;  // said goodbye, or is dead: it maps nothing
+  OperationTrace ending;     // from its end to its last byte
 };
 
 }  // namespace clusterkv::service

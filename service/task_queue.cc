@@ -65,12 +65,25 @@ size_t TaskQueue::depth() const {
 }
 
 void TaskQueue::Poll() const {
-  const auto end = std::chrono::steady_clock::now() + poll_;
-  while (!news_.load(std::memory_order_relaxed) && std::chrono::steady_clock::now() < end) {
+  const auto end = Clock::now() + poll_;
+  while (!news_.load(std::memory_order_relaxed) && Clock::now() < end) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
   }
+}
+
+TaskQueueLoad TaskQueue::load() const {
+  const auto seconds = [](Clock::duration time) {
+    return std::chrono::duration<double>(time).count();
+  };
+  std::lock_guard lock(mu_);
+  TaskQueueLoad load{.waiting = tasks_.size(), .tasks = done_, .busy_seconds = seconds(busy_)};
+  if (began_ != Clock::time_point{}) {
+    load.task_age_seconds = seconds(Clock::now() - began_);
+    load.busy_seconds += load.task_age_seconds;
+  }
+  return load;
 }
 
 void TaskQueue::Run() {
@@ -86,10 +99,15 @@ void TaskQueue::Run() {
     if (tasks_.empty()) return;
     Task task = std::move(tasks_.front());
     tasks_.pop_front();
+    const Clock::time_point began = Clock::now();
+    began_ = began;
     lock.unlock();
     task();
     task = nullptr;  // what it holds is freed outside the lock
     lock.lock();
+    busy_ += Clock::now() - began;
+    began_ = {};
+    ++done_;
   }
 }
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <functional>
 #include <mutex>
@@ -12,6 +13,14 @@
 #include <thread>
 
 namespace clusterkv::service {
+
+// What its thread does, for those who watch it.
+struct TaskQueueLoad {
+  size_t waiting = 0;           // tasks, the one that runs not among them
+  uint64_t tasks = 0;           // done since the start
+  double busy_seconds = 0;      // in tasks since the start, the one that runs among them
+  double task_age_seconds = 0;  // of the one that runs; 0: idle
+};
 
 // Thread-safe. Destruction stops it.
 class TaskQueue {
@@ -35,8 +44,12 @@ class TaskQueue {
   void Stop();
 
   size_t depth() const;
+  // Waits for no task.
+  TaskQueueLoad load() const;
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   void Run();
   // Until there is a task, the queue stops, or the time to poll is over.
   void Poll() const;
@@ -47,6 +60,9 @@ class TaskQueue {
   std::condition_variable wake_;    // with mu_
   std::deque<Task> tasks_;          // guarded by mu_
   bool stopping_ = false;           // guarded by mu_
+  uint64_t done_ = 0;               // guarded by mu_
+  Clock::duration busy_{};          // guarded by mu_; in tasks that are done
+  Clock::time_point began_{};       // guarded by mu_; of the task that runs; 0: idle
   std::atomic<bool> news_ = false;  // tasks_ or stopping_ may have changed since the thread looked
   std::thread thread_;
 };

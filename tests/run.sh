@@ -194,8 +194,10 @@ says_what_is_missing() {
 
 part_python() {
   check "python: the programs under test" test -x build/release/bin/clusterkvd || return
-  run_pytest "python" build/release/bin tests/reference tests/integration tests/tally_test.py \
-    tests/benchmarks/cache_policies_test.py
+  run_pytest "python" build/release/bin tests/reference tests/integration tests/observability \
+    tests/tally_test.py tests/benchmarks/cache_policies_test.py
+  # By itself: it has fixtures of its own. Its pictures: build/logs/page-*.png, replay-*.png.
+  run_pytest "pages" build/release/bin tests/page
 }
 
 part_deploy() {

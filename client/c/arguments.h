@@ -14,28 +14,30 @@
 
 namespace clusterkv::client::c {
 
-// Bytes of a struct in the first version that had it, and what messages call it. They stay when
-// members are appended; no struct ends in padding, where an appended member would not show.
+// Bytes of a struct in the first version that had it, which stay when members are appended, and
+// now; and what messages call it. No struct ends in padding, where an appended member would not
+// show.
 template <typename Struct>
 struct StructInfo;
 
-#define CKV_C_STRUCT(type, bytes)                \
-  static_assert(sizeof(type) == (bytes));        \
-  template <>                                    \
-  struct StructInfo<type> {                      \
-    static constexpr size_t kFirstBytes = bytes; \
-    static constexpr const char* kName = #type;  \
+#define CKV_C_STRUCT(type, first_bytes, bytes)         \
+  static_assert(sizeof(type) == (bytes));              \
+  static_assert((bytes) % 8 == 0);                     \
+  template <>                                          \
+  struct StructInfo<type> {                            \
+    static constexpr size_t kFirstBytes = first_bytes; \
+    static constexpr const char* kName = #type;        \
   }
 
-CKV_C_STRUCT(clusterkv_client_options, 48);
-CKV_C_STRUCT(clusterkv_client_info, 40);
-CKV_C_STRUCT(clusterkv_method_options, 80);
-CKV_C_STRUCT(clusterkv_sequence_options, 48);
-CKV_C_STRUCT(clusterkv_range, 32);
-CKV_C_STRUCT(clusterkv_kv, 56);
-CKV_C_STRUCT(clusterkv_counters, 48);
-CKV_C_STRUCT(clusterkv_batch_options, 24);
-CKV_C_STRUCT(clusterkv_attention, 72);
+CKV_C_STRUCT(clusterkv_client_options, 48, 56);
+CKV_C_STRUCT(clusterkv_client_info, 40, 40);
+CKV_C_STRUCT(clusterkv_method_options, 80, 80);
+CKV_C_STRUCT(clusterkv_sequence_options, 48, 48);
+CKV_C_STRUCT(clusterkv_range, 32, 32);
+CKV_C_STRUCT(clusterkv_kv, 56, 56);
+CKV_C_STRUCT(clusterkv_counters, 48, 48);
+CKV_C_STRUCT(clusterkv_batch_options, 24, 24);
+CKV_C_STRUCT(clusterkv_attention, 72, 72);
 
 #undef CKV_C_STRUCT
 

@@ -42,7 +42,8 @@ absl::StatusOr<ClientOptions> ReadClientOptions(const clusterkv_client_options* 
                        .name = given.name,
                        .ring_bytes = given.ring_bytes,
                        .rpc_timeout = rpc_timeout,
-                       .device_threads = static_cast<int>(given.device_threads)};
+                       .device_threads = static_cast<int>(given.device_threads),
+                       .audit_rate = given.audit_rate};
 }
 
 absl::Status Connect(const clusterkv_client_options* options, clusterkv_client** client) {

@@ -167,10 +167,14 @@ typedef struct clusterkv_client_options {
   double rpc_timeout_seconds;  // above 0; of every call to the daemon that has none of its own
   uint32_t device_threads;     // of the host backend's direct fetch, at most 1024; 0 = all cores
   uint32_t reserved;           // 0
+  // Share of the direct steps, 0 to 1, that the daemon compares with exact attention, for its
+  // metrics of recall and missed attention. Such a step waits once more for its stream. Captured
+  // batches take no part.
+  double audit_rate;
 } clusterkv_client_options;
 
 #define CLUSTERKV_CLIENT_OPTIONS_INIT \
-  { sizeof(clusterkv_client_options), "", "", 67108864, 30.0, 0, 0 }
+  { sizeof(clusterkv_client_options), "", "", 67108864, 30.0, 0, 0, 0.0 }
 
 // Strings are valid until the client is closed.
 typedef struct clusterkv_client_info {

@@ -3,44 +3,21 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <nlohmann/json.hpp>
+
+#include "client/ctl/status_json.h"
+#include "client/ctl/terminal_text.h"
 
 namespace clusterkv::client::ctl {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
+std::string Bytes(uint64_t bytes) { return BytesText(static_cast<double>(bytes)); }
+
 std::string Dump(const Json& json) {
   // A name that is not UTF-8 must not end the program.
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
-}
-
-std::string Bytes(uint64_t bytes) {
-  constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
-  auto value = static_cast<double>(bytes);
-  size_t unit = 0;
-  while (value >= 1024 && unit + 1 < kUnits.size()) {
-    value /= 1024;
-    ++unit;
-  }
-  return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, kUnits[unit]);
-}
-
-// Columns as wide as their widest cell; the first row is the heading.
-std::string Table(const std::vector<std::vector<std::string>>& rows) {
-  std::vector<size_t> widths(rows.front().size());
-  for (const auto& row : rows) {
-    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-  }
-  std::string text;
-  for (const auto& row : rows) {
-    std::string line;
-    for (size_t i = 0; i < row.size(); ++i) line += fmt::format("{:<{}}  ", row[i], widths[i]);
-    line.erase(line.find_last_not_of(' ') + 1);
-    text += line + "\n";
-  }
-  return text;
 }
 
 const char* DTypeText(v1::DType dtype) {
@@ -70,31 +47,15 @@ const char* ModeText(v1::FetchMode mode) {
 Json SessionList(const v1::GetStatusReply& status) {
   Json sessions = Json::array();
   for (const v1::SessionInfo& session : status.session_list()) {
-    sessions.push_back({{"session_id", session.session_id()},
-                        {"client_name", session.client_name()},
-                        {"pid", session.pid()},
-                        {"uid", session.uid()},
-                        {"sequences", session.sequences()},
-                        {"host_bytes", session.host_bytes()},
-                        {"gpu_bytes", session.gpu_bytes()},
-                        {"age_seconds", session.age_seconds()},
-                        {"attached", session.attached()},
-                        {"grant", session.grant()}});
+    sessions.push_back(SessionInfoJson(session));
   }
   return sessions;
-}
-
-Json HostBytes(const v1::HostBytes& host) {
-  return {{"total", host.total()},
-          {"used", host.used()},
-          {"reserved", host.reserved()},
-          {"quarantined", host.quarantined()}};
 }
 
 Json GrantList(const v1::GetStatusReply& status) {
   Json grants = Json::array();
   for (const v1::GrantInfo& grant : status.grant_list()) {
-    grants.push_back({{"grant", grant.grant()}, {"host_bytes", HostBytes(grant.host_bytes())}});
+    grants.push_back({{"grant", grant.grant()}, {"host_bytes", HostBytesJson(grant.host_bytes())}});
   }
   return grants;
 }
@@ -135,14 +96,19 @@ std::string StatusJson(const v1::GetStatusReply& status) {
                    {"uptime_seconds", status.uptime_seconds()},
                    {"sessions", status.sessions()},
                    {"sequences", status.sequences()},
-                   {"host_bytes", HostBytes(status.host_bytes())},
+                   {"host_bytes", HostBytesJson(status.host_bytes())},
                    {"gpu_bytes", {{"used", status.gpu_bytes_used()}}},
                    {"session_list", SessionList(status)},
-                   {"grant_list", GrantList(status)}});
+                   {"grant_list", GrantList(status)},
+                   {"device_age_seconds", status.device_age_seconds()},
+                   {"counters", CountersJson(status)},
+                   {"recent_errors", RecentErrorsJson(status)}});
 }
 
 std::string StatusTable(const v1::GetStatusReply& status) {
   const v1::HostBytes& host = status.host_bytes();
+  uint64_t errors = 0;
+  for (const v1::RecentError& error : status.recent_errors()) errors += error.count();
   const std::string ready = status.ready() ? "yes" : "no: " + status.not_ready_reason();
   return Table({{"version", status.version()},
                 {"backend", status.backend()},
@@ -156,7 +122,11 @@ std::string StatusTable(const v1::GetStatusReply& status) {
                 {"host used", Bytes(host.used())},
                 {"host reserved", Bytes(host.reserved())},
                 {"host quarantined", Bytes(host.quarantined())},
-                {"device used", Bytes(status.gpu_bytes_used())}});
+                {"device used", Bytes(status.gpu_bytes_used())},
+                {"warnings and errors",
+                 errors == 0 ? "none since the start"
+                             : fmt::format("{}, the last: {}", errors,
+                                           status.recent_errors().rbegin()->text())}});
 }
 
 std::string SessionsJson(const v1::GetStatusReply& status) {

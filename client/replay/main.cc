@@ -13,8 +13,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/replay/evaluation.h"
+#include "client/replay/html_report.h"
 #include "client/replay/interrupt.h"
 #include "client/replay/options.h"
+#include "client/replay/output_file.h"
 #include "client/replay/private_daemon.h"
 #include "client/replay/progress.h"
 #include "client/replay/report.h"
@@ -72,10 +74,14 @@ class Replay {
         progress_(isatty(STDERR_FILENO) == 1) {}
 
   absl::Status Run() {
+    std::unique_ptr<OutputFile> html;
+    if (!options_.html.empty()) {
+      CKV_ASSIGN_OR_RETURN(html, OutputFile::Create(options_.html));
+    }
     const std::vector<StepRange> ranges =
         StepRanges(options_.method, trace_.prompt_tokens(), options_.steps);
     CKV_ASSIGN_OR_RETURN(const Evaluation evaluation, EvaluateSteps(ranges));
-    std::optional<ServiceTotals> service;
+    std::vector<ServiceTotals> service;  // of the run, then of the sweep
     if (options_.Has(Method::kClusterkv)) {
       CKV_ASSIGN_OR_RETURN(service, RunWithDaemon(evaluation.exact));
     }
@@ -85,12 +91,16 @@ class Replay {
     source.trace = &trace_;
     source.ranges = &ranges;
     source.evaluation = &evaluation;
-    source.service = service.has_value() ? &*service : nullptr;
+    if (!service.empty()) {
+      source.service = &service.front();
+      source.cache_sweep.assign(service.begin() + 1, service.end());
+    }
     // The baselines alone run here, on the CPU, whatever the daemon would have used.
-    source.backend = service.has_value() ? service->backend : "host";
+    source.backend = service.empty() ? "host" : service.front().backend;
     const auto device = gpu::CreateDevice({.backend = source.backend});
     source.device = device.ok() ? (*device)->description() : source.backend;
     const Report report = BuildReport(source);
+    if (html != nullptr) CKV_RETURN_IF_ERROR(html->Commit(ReportHtml(report)));
     const std::string text =
         options_.format == Format::kJson ? ReportJson(report) : ReportTable(report);
     if (std::fputs(text.c_str(), stdout) < 0 || std::fflush(stdout) != 0) {
@@ -115,9 +125,10 @@ class Replay {
     return Evaluate(request, threads);
   }
 
-  absl::StatusOr<ServiceTotals> RunWithDaemon(const ExactTable& exact) {
-    progress_.Begin("clusterkv", WorkerSteps(options_) * options_.workers);
-    if (!options_.connect.empty()) return RunWorkers(options_, exact);
+  absl::StatusOr<std::vector<ServiceTotals>> RunWithDaemon(const ExactTable& exact) {
+    progress_.Begin("clusterkv",
+                    WorkerSteps(options_) * options_.workers * (1 + options_.cache_sweep.size()));
+    if (!options_.connect.empty()) return RunSizes(options_, exact);
     PrivateDaemonOptions daemon_options;
     daemon_options.backend = options_.backend;
     daemon_options.memory =
@@ -126,10 +137,24 @@ class Replay {
                          PrivateDaemon::Start(daemon_options));
     ReplayOptions connected = options_;
     connected.connect = daemon->address();
-    absl::StatusOr<ServiceTotals> totals = RunWorkers(connected, exact);
+    absl::StatusOr<std::vector<ServiceTotals>> totals = RunSizes(connected, exact);
     const absl::Status stopped = daemon->Stop();
     if (totals.ok() && !stopped.ok()) return stopped;
     return totals;
+  }
+
+  // With the run's size of the cache, then with each of the sweep's.
+  absl::StatusOr<std::vector<ServiceTotals>> RunSizes(const ReplayOptions& connected,
+                                                      const ExactTable& exact) {
+    std::vector<ServiceTotals> runs;
+    CKV_ASSIGN_OR_RETURN(runs.emplace_back(), RunWorkers(connected, exact));
+    ReplayOptions sized = connected;
+    sized.dump_outputs.clear();
+    for (const uint32_t size : options_.cache_sweep) {
+      sized.method.cache_tokens = size;
+      CKV_ASSIGN_OR_RETURN(runs.emplace_back(), RunWorkers(sized, exact));
+    }
+    return runs;
   }
 
   absl::StatusOr<ServiceTotals> RunWorkers(const ReplayOptions& options, const ExactTable& exact) {

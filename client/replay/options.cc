@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
@@ -18,6 +19,7 @@ namespace {
 
 constexpr size_t kMaxBudgets = 64;
 constexpr uint32_t kMaxBudgetTokens = 1'048'576;
+constexpr size_t kMaxCacheSizes = 32;
 // As many as a daemon takes: sessions, and sequences of one.
 constexpr uint32_t kMaxProcesses = 64;
 constexpr uint32_t kMaxSequences = 1024;
@@ -29,7 +31,9 @@ struct RawOptions {
   std::vector<std::string> settings;
   std::string cache_tokens, mode = "direct", sequences = "1", workers = "1", steps, seed = "0";
   std::string repeat = "1";
-  std::string format = "table", publish = "sync", worker_index, worker_address, result_fd;
+  std::string audit_rate = "0";
+  std::string format = "table", publish = "sync", worker_index, worker_address, worker_cache_tokens,
+              result_fd;
 };
 
 absl::Status Disallowed(const std::string& option, const std::string& value,
@@ -82,6 +86,28 @@ absl::Status ParseLists(const RawOptions& raw, ReplayOptions& options) {
                                                  " budgets; allowed: up to ", kMaxBudgets));
 }
 
+// The first size is the run's, the others are the sweep.
+absl::Status ParseCacheTokens(const RawOptions& raw, ReplayOptions& options) {
+  std::vector<uint32_t> sizes;
+  for (const std::string& part : std::vector<std::string>(absl::StrSplit(raw.cache_tokens, ','))) {
+    CKV_ASSIGN_OR_RETURN(const uint32_t size,
+                         ParseNumber<uint32_t>("--cache-tokens", part, 0, UINT32_MAX));
+    AddOnce(sizes, size);
+  }
+  if (sizes.size() > kMaxCacheSizes) {
+    return absl::InvalidArgumentError(absl::StrCat("--cache-tokens has ", sizes.size(),
+                                                   " sizes; allowed: up to ", kMaxCacheSizes));
+  }
+  if (sizes.size() > 1 && !options.Has(Method::kClusterkv)) {
+    return absl::InvalidArgumentError(
+        "--cache-tokens has several sizes, and only clusterkv has a cache; --methods does not have "
+        "it");
+  }
+  options.method.cache_tokens = sizes.front();
+  options.cache_sweep.assign(sizes.begin() + 1, sizes.end());
+  return absl::OkStatus();
+}
+
 absl::Status ParseMethod(const RawOptions& raw, ReplayOptions& options) {
   absl::StatusOr<gpu::MethodOptions> preset = gpu::MethodPreset(options.preset);
   if (!preset.ok()) {
@@ -93,11 +119,7 @@ absl::Status ParseMethod(const RawOptions& raw, ReplayOptions& options) {
       return absl::InvalidArgumentError(absl::StrCat("--set: ", status.message()));
     }
   }
-  if (!raw.cache_tokens.empty()) {
-    CKV_ASSIGN_OR_RETURN(options.method.cache_tokens,
-                         ParseNumber<uint32_t>("--cache-tokens", raw.cache_tokens, 0, UINT32_MAX));
-  }
-  return absl::OkStatus();
+  return raw.cache_tokens.empty() ? absl::OkStatus() : ParseCacheTokens(raw, options);
 }
 
 absl::Status ParseRest(const RawOptions& raw, ReplayOptions& options) {
@@ -119,6 +141,10 @@ absl::Status ParseRest(const RawOptions& raw, ReplayOptions& options) {
   CKV_ASSIGN_OR_RETURN(options.workers,
                        ParseNumber<uint32_t>("--workers", raw.workers, 1, kMaxProcesses));
   CKV_ASSIGN_OR_RETURN(options.seed, ParseNumber<uint64_t>("--seed", raw.seed, 0, UINT64_MAX));
+  if (!absl::SimpleAtod(raw.audit_rate, &options.audit_rate) ||
+      !(options.audit_rate >= 0 && options.audit_rate <= 1)) {
+    return Disallowed("--audit-rate", raw.audit_rate, "0 to 1");
+  }
   if (!raw.steps.empty()) {
     CKV_ASSIGN_OR_RETURN(options.steps, ParseNumber<uint32_t>("--steps", raw.steps, 1, UINT32_MAX));
   }
@@ -134,6 +160,13 @@ absl::Status ParseRest(const RawOptions& raw, ReplayOptions& options) {
     CKV_ASSIGN_OR_RETURN(options.result_fd,
                          ParseNumber<int>("--result-fd", raw.result_fd, 0, INT32_MAX));
     options.connect = raw.worker_address;
+    CKV_ASSIGN_OR_RETURN(
+        const uint32_t cache_tokens,
+        ParseNumber<uint32_t>("--worker-cache-tokens", raw.worker_cache_tokens, 0, UINT32_MAX));
+    // The dump is of the run's own size.
+    if (std::exchange(options.method.cache_tokens, cache_tokens) != cache_tokens) {
+      options.dump_outputs.clear();
+    }
   }
   if (!options.dump_outputs.empty() && !options.Has(Method::kClusterkv)) {
     return absl::InvalidArgumentError(
@@ -154,7 +187,8 @@ void Declare(CLI::App& app, ReplayOptions& options, RawOptions& raw) {
   app.add_option("--set", raw.settings, "KEY=VALUE: one parameter of the preset; repeatable")
       ->allow_extra_args(false);
   app.add_option("--cache-tokens", raw.cache_tokens,
-                 "cluster cache per layer and KV head; 0 = 4 x budget + the largest cluster");
+                 "cluster cache per layer and KV head; 0 = 4 x budget + the largest cluster; of "
+                 "further sizes, as 0,8192,16384, the hit rates are measured");
   app.add_option("--mode", raw.mode, "who fetches: direct (this process) or served (the daemon)")
       ->capture_default_str();
   app.add_option("--backend", options.backend, "of the private daemon: host, cuda or auto")
@@ -166,11 +200,17 @@ void Declare(CLI::App& app, ReplayOptions& options, RawOptions& raw) {
       ->capture_default_str();
   app.add_option("--workers", raw.workers, "processes at the same time")->capture_default_str();
   app.add_option("--steps", raw.steps, "decode only the first N steps");
+  app.add_option("--audit-rate", raw.audit_rate,
+                 "share of direct steps that the daemon compares with exact attention, for its "
+                 "metrics; 0 to 1")
+      ->capture_default_str();
   app.add_option("--seed", raw.seed, "of k-means; sequence i has seed + i")->capture_default_str();
   app.add_option("--repeat", raw.repeat, "replay so often, as a load; 0: until it is stopped")
       ->capture_default_str();
   app.add_option("--dump-outputs", options.dump_outputs,
                  "write clusterkv's outputs and selections at the first budget to this file");
+  app.add_option("--html", options.html,
+                 "write a report with charts to this file, complete in itself");
   app.add_option("--format", raw.format, "table or json")->capture_default_str();
   app.add_option("--publish", raw.publish,
                  "sync: wait for every segment, so that runs repeat exactly; async: do not")
@@ -178,6 +218,7 @@ void Declare(CLI::App& app, ReplayOptions& options, RawOptions& raw) {
   // Not for people: how the replay starts itself again.
   app.add_option("--worker-index", raw.worker_index)->group("");
   app.add_option("--worker-address", raw.worker_address)->group("");
+  app.add_option("--worker-cache-tokens", raw.worker_cache_tokens)->group("");
   app.add_option("--result-fd", raw.result_fd)->group("");
   app.set_version_flag("--version", CLUSTERKV_VERSION);
 }
@@ -232,11 +273,22 @@ absl::Status CheckAgainstTrace(const Trace& trace, ReplayOptions& options) {
     return Disallowed("--steps", absl::StrCat(options.steps),
                       absl::StrCat("1 to ", trace.steps(), ", the trace's decode tokens"));
   }
+  if (options.worker_index) return absl::OkStatus();  // its parent has looked at the rest
   for (const uint32_t budget : options.budgets) {
     const absl::Status status = MethodForBudget(options, trace, budget).Validate();
     if (!status.ok()) {
       return absl::InvalidArgumentError(absl::StrCat(
           "--preset, --set or --cache-tokens, at budget ", budget, ": ", status.message()));
+    }
+  }
+  const uint32_t smallest = *std::min_element(options.budgets.begin(), options.budgets.end());
+  for (const uint32_t size : options.cache_sweep) {
+    ReplayOptions sized = options;
+    sized.method.cache_tokens = size;
+    const absl::Status status = MethodForBudget(sized, trace, smallest).Validate();
+    if (!status.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat("--cache-tokens: ", status.message(),
+                                                     ", at the smallest budget, ", smallest));
     }
   }
   return absl::OkStatus();

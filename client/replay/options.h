@@ -33,8 +33,13 @@ struct ReplayOptions {
   uint32_t workers = 1;
   uint32_t steps = 0;  // 0: all of the trace
   uint64_t seed = 0;
-  uint32_t repeat = 1;       // 0: until a signal
+  double audit_rate = 0;  // of direct steps, that the daemon compares with exact attention
+  uint32_t repeat = 1;    // 0: until a signal
+  // Further sizes of the cluster cache, distinct: at each one only the hits are measured. A budget
+  // that needs more than a size is left out there.
+  std::vector<uint32_t> cache_sweep;
   std::string dump_outputs;  // empty: none
+  std::string html;          // file of the report for researchers; empty: none
   Format format = Format::kTable;
   Publish publish = Publish::kSync;
   // Set by the replay itself for the processes that it starts.

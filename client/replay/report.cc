@@ -111,14 +111,35 @@ nlohmann::ordered_json OrNull(const std::optional<double>& value) {
   return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json(nullptr);
 }
 
-// The lowest error of a budget that a method without knowledge of all keys reaches.
-double LowestError(const std::vector<ReportRow>& rows, uint32_t budget) {
-  double lowest = std::numeric_limits<double>::infinity();
-  for (const ReportRow& row : rows) {
-    if (row.layer || row.budget != budget || row.method == MethodName(Method::kOracle)) continue;
-    lowest = std::min(lowest, row.output_error);
+// Of one size of the cache; budgets that it is too small for were not run.
+void AddCacheRows(const ReportSource& source, uint32_t size, const ServiceTotals& totals,
+                  std::vector<CacheRow>& rows) {
+  ReplayOptions sized = *source.options;
+  sized.method.cache_tokens = size;
+  const std::vector<uint32_t> rising = Rising(source.options->budgets);
+  for (size_t i = 0; i < rising.size(); ++i) {
+    const std::vector<LayerTotals>& layers = totals.budgets[i];
+    if (layers.front().steps == 0) continue;
+    CacheRow row;
+    row.cache_tokens = MethodForBudget(sized, *source.trace, rising[i])
+                           .Resolved(source.trace->shape())
+                           .cache_tokens;
+    row.budget = rising[i];
+    CacheRow all = row;
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+      row.layer = source.trace->layers()[layer].index;
+      row.hit_rate = layers[layer].HitRate();
+      row.host_bytes_per_step = layers[layer].HostBytesPerStep();
+      all.hit_rate += row.hit_rate / static_cast<double>(layers.size());
+      all.host_bytes_per_step += row.host_bytes_per_step;
+      rows.push_back(row);
+    }
+    rows.push_back(all);
   }
-  return lowest;
+}
+
+nlohmann::ordered_json LayerJson(const std::optional<uint32_t>& layer) {
+  return layer ? nlohmann::ordered_json(*layer) : nlohmann::ordered_json("all");
 }
 
 std::string Heading(const Report& report) {
@@ -133,6 +154,24 @@ std::string Heading(const Report& report) {
       method.decode_segment_tokens);
   text += fmt::format("{} fetch, backend {} ({}), seed {}\n", report.mode, report.backend,
                       report.device, report.seed);
+  return text;
+}
+
+// One line for each size and budget.
+std::string CacheTable(const Report& report) {
+  std::string text = fmt::format("\n{:>7} {:>13} {:>9} {:>9} {:>12}\n", "budget", "cache tokens",
+                                 "hit rate", "worst", "KiB/step");
+  double worst = 1.0;
+  for (const CacheRow& row : report.cache_rows) {
+    if (row.layer) {
+      worst = std::min(worst, row.hit_rate);
+      continue;
+    }
+    text +=
+        fmt::format("{:>7} {:>13} {:>8.1f}% {:>8.1f}% {:>12.1f}\n", row.budget, row.cache_tokens,
+                    100 * row.hit_rate, 100 * worst, row.host_bytes_per_step / 1024);
+    worst = 1.0;
+  }
   return text;
 }
 
@@ -156,6 +195,15 @@ std::string TableRow(const Report& report, const ReportRow& row, double lowest_e
 }
 
 }  // namespace
+
+double LowestError(const std::vector<ReportRow>& rows, uint32_t budget) {
+  double lowest = std::numeric_limits<double>::infinity();
+  for (const ReportRow& row : rows) {
+    if (row.layer || row.budget != budget || row.method == MethodName(Method::kOracle)) continue;
+    lowest = std::min(lowest, row.output_error);
+  }
+  return lowest;
+}
 
 Report BuildReport(const ReportSource& source) {
   const ReplayOptions& options = *source.options;
@@ -189,6 +237,12 @@ Report BuildReport(const ReportSource& source) {
                       report.rows);
     }
   }
+  if (!source.cache_sweep.empty()) {
+    AddCacheRows(source, options.method.cache_tokens, *source.service, report.cache_rows);
+    for (size_t i = 0; i < source.cache_sweep.size(); ++i) {
+      AddCacheRows(source, options.cache_sweep[i], source.cache_sweep[i], report.cache_rows);
+    }
+  }
   return report;
 }
 
@@ -199,11 +253,9 @@ std::string ReportJson(const Report& report) {
   if (report.quest_group) preset["quest_group"] = gpu::GroupRuleName(*report.quest_group);
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   for (const ReportRow& row : report.rows) {
-    nlohmann::ordered_json layer = "all";
-    if (row.layer) layer = *row.layer;
     results.push_back({{"method", row.method},
                        {"budget", row.budget},
-                       {"layer", layer},
+                       {"layer", LayerJson(row.layer)},
                        {"recall", row.recall},
                        {"output_error", row.output_error},
                        {"mass", row.mass},
@@ -212,10 +264,17 @@ std::string ReportJson(const Report& report) {
                        {"window_tokens_mean", row.window_tokens_mean},
                        {"candidate_tokens_mean", row.candidate_tokens_mean}});
   }
-  const nlohmann::ordered_json json = {{"trace", report.trace}, {"backend", report.backend},
-                                       {"mode", report.mode},   {"device", report.device},
-                                       {"seed", report.seed},   {"preset", preset},
-                                       {"results", results}};
+  nlohmann::ordered_json json = {{"trace", report.trace}, {"backend", report.backend},
+                                 {"mode", report.mode},   {"device", report.device},
+                                 {"seed", report.seed},   {"preset", preset},
+                                 {"results", results}};
+  for (const CacheRow& row : report.cache_rows) {
+    json["cache_sweep"].push_back({{"cache_tokens", row.cache_tokens},
+                                   {"budget", row.budget},
+                                   {"layer", LayerJson(row.layer)},
+                                   {"hit_rate", row.hit_rate},
+                                   {"host_bytes_per_step", row.host_bytes_per_step}});
+  }
   // A path need not be UTF-8.
   return json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
 }
@@ -244,6 +303,7 @@ std::string ReportTable(const Report& report) {
       }
     }
   }
+  if (!report.cache_rows.empty()) text += CacheTable(report);
   if (!report.rows.empty()) {
     text += fmt::format(
         "\nMeans over layers, steps and query heads. * lowest error but for the oracle, which "

@@ -21,6 +21,7 @@ absl::StatusOr<std::unique_ptr<Client>> ConnectTo(const ReplayOptions& options, 
   ClientOptions client_options;
   client_options.address = options.connect;
   client_options.name = absl::StrCat("clusterkv-replay/", worker);
+  client_options.audit_rate = options.audit_rate;
   CKV_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Client::Connect(client_options));
   if (options.backend != "auto" && client->backend() != options.backend) {
     return absl::InvalidArgumentError(absl::StrCat("--backend is \"", options.backend,
@@ -61,6 +62,11 @@ absl::StatusOr<ServiceTotals> RunWorker(const ReplayOptions& options, const Trac
     ServiceRunOptions run;
     run.trace = &trace;
     run.method = MethodForBudget(options, trace, rising[i]);
+    if (!run.method.Validate().ok()) {  // a size of the sweep that is too small for this budget
+      totals.budgets[i].resize(trace.layers().size());
+      progress.Advance(options.steps);
+      continue;
+    }
     run.method.seed += uint64_t{worker} * options.sequences;
     run.ranges = StepRanges(run.method, trace.prompt_tokens(), options.steps);
     run.mode = options.mode;

@@ -37,7 +37,8 @@ class Worker {
     ChildOptions child;
     child.arguments = {ProgramPath(), absl::StrCat("--worker-index=", index),
                        absl::StrCat("--result-fd=", write_end.get()),
-                       absl::StrCat("--worker-address=", options.connect)};
+                       absl::StrCat("--worker-address=", options.connect),
+                       absl::StrCat("--worker-cache-tokens=", options.method.cache_tokens)};
     child.arguments.insert(child.arguments.end(), arguments.begin(), arguments.end());
     child.kept_fd = write_end.get();
     CKV_ASSIGN_OR_RETURN(ChildProcess process, ChildProcess::Start(child));

@@ -4,17 +4,19 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "clusterkv/v1/clusterkv.grpc.pb.h"
 #include "service/core.h"
+#include "service/rpc/rpc_counters.h"
 
 namespace clusterkv::service {
 
 class ClusterKvService : public v1::ClusterKv::CallbackService {
  public:
-  // `attach_path` is what workers are told.
-  ClusterKvService(ServiceCore& core, std::string attach_path, GrantId grant)
-      : core_(core), attach_path_(std::move(attach_path)), grant_(grant) {}
+  // `attach_path` is what workers are told. The core and the counters must outlive it.
+  ClusterKvService(ServiceCore& core, RpcCounters& counters, std::string attach_path, GrantId grant)
+      : core_(core), counters_(counters), attach_path_(std::move(attach_path)), grant_(grant) {}
 
   grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>* Session(
       grpc::CallbackServerContext* context) override;
@@ -33,6 +35,9 @@ class ClusterKvService : public v1::ClusterKv::CallbackService {
   grpc::ServerUnaryReactor* FetchClusters(grpc::CallbackServerContext* context,
                                           const v1::FetchClustersRequest* request,
                                           v1::FetchClustersReply* reply) override;
+  grpc::ServerUnaryReactor* AuditStep(grpc::CallbackServerContext* context,
+                                      const v1::AuditStepRequest* request,
+                                      v1::AuditStepReply* reply) override;
   grpc::ServerUnaryReactor* ReleaseSequence(grpc::CallbackServerContext* context,
                                             const v1::ReleaseSequenceRequest* request,
                                             v1::ReleaseSequenceReply* reply) override;
@@ -44,9 +49,8 @@ class ClusterKvService : public v1::ClusterKv::CallbackService {
                                       v1::GetStatusReply* reply) override;
 
  private:
-  SessionKey KeyOf(const v1::SessionRef& session) const;
-
   ServiceCore& core_;
+  RpcCounters& counters_;
   const std::string attach_path_;
   const GrantId grant_;
 };

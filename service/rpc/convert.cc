@@ -62,6 +62,29 @@ void ToProto(const HostPoolStatus& host, v1::HostBytes& bytes) {
   bytes.set_quarantined(host.quarantined_bytes);
 }
 
+void ToProto(const CacheCounters& counters, v1::CacheCounters& message) {
+  message.set_hit_clusters(counters.hit_clusters);
+  message.set_missed_clusters(counters.missed_clusters);
+  message.set_hit_tokens(counters.hit_tokens);
+  message.set_missed_tokens(counters.missed_tokens);
+  message.set_hit_bytes(counters.hit_bytes);
+  message.set_missed_bytes(counters.missed_bytes);
+  message.set_gathered_bytes(counters.gathered_bytes);
+}
+
+void CountersToProto(const DaemonStatus& status, v1::Counters& message) {
+  ToProto(status.direct, *message.mutable_direct());
+  ToProto(status.served, *message.mutable_served());
+  message.set_ingested_tokens(status.ingested_tokens);
+  message.set_clustered_tokens(status.clustered_tokens);
+  message.set_published_segments(status.published_segments);
+  message.set_cluster_problems(status.clustering.problems);
+  message.set_cluster_seconds(status.clustering.seconds);
+  message.set_sessions_started(status.sessions_started);
+  message.set_sessions_lost(status.sessions_ended_lost);
+  message.set_rejected_attaches(status.rejected_attaches);
+}
+
 v1::DType ToProto(gpu::DType dtype) {
   switch (dtype) {
     case gpu::DType::kBf16:
@@ -156,6 +179,22 @@ IngestRequest FromProto(const v1::IngestTokensRequest& request) {
           .idempotency_key = request.idempotency_key()};
 }
 
+AuditRequest FromProto(const v1::AuditStepRequest& request) {
+  AuditRequest converted{
+      .sequence = request.sequence_id(),
+      .layer = request.layer(),
+      .cut = request.cut(),
+      .queries = request.queries(),
+      .lse = {},
+      .chosen = {request.selected_positions().begin(), request.selected_positions().end()}};
+  // Of another size it is of no shape: none at all is refused as well.
+  if (request.lse().size() % sizeof(float) == 0) {
+    converted.lse.resize(request.lse().size() / sizeof(float));
+    std::memcpy(converted.lse.data(), request.lse().data(), request.lse().size());
+  }
+  return converted;
+}
+
 absl::StatusOr<FetchRequest> FromProto(const v1::FetchClustersRequest& request) {
   FetchRequest converted{.layer = request.layer(),
                          .budget_tokens = request.budget_tokens(),
@@ -223,6 +262,8 @@ void ToProto(const DaemonStatus& status, v1::GetStatusReply& reply) {
   ToProto(status.host, *reply.mutable_host_bytes());
   reply.set_gpu_bytes_used(status.gpu_used_bytes);
   reply.set_uptime_seconds(status.uptime_seconds);
+  reply.set_device_age_seconds(status.device_age_seconds);
+  CountersToProto(status, *reply.mutable_counters());
   for (const SessionStatus& session : status.sessions) {
     v1::SessionInfo& info = *reply.add_session_list();
     info.set_session_id(session.session_id);
@@ -241,6 +282,13 @@ void ToProto(const DaemonStatus& status, v1::GetStatusReply& reply) {
     info.set_grant(GrantText(grant.grant));
     ToProto(grant.host, *info.mutable_host_bytes());
   }
+}
+
+void ToProto(const RecentError& error, v1::RecentError& message) {
+  message.set_time(error.time);
+  message.set_level(error.level);
+  message.set_text(error.text);
+  message.set_count(error.count);
 }
 
 }  // namespace clusterkv::service

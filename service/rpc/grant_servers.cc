@@ -20,7 +20,7 @@ absl::Status GrantServers::Open(GrantId grant, const std::string& folder) {
   auto server = GrpcServer::Create({.listen = "unix:" + folder + "/" + kGrantSocketName,
                                     .attach_path = kGrantAttachName,
                                     .grant = grant},
-                                   core_);
+                                   core_, calls_);
   if (!server.ok()) {
     attach_.StopListening(grant);
     return server.status();

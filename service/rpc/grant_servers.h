@@ -16,10 +16,11 @@ namespace clusterkv::service {
 constexpr char kGrantSocketName[] = "clusterkvd.sock";
 constexpr char kGrantAttachName[] = "clusterkvd.sock.attach";
 
-// Not thread-safe. The core and the attach server must outlive it, or CloseAll come before.
+// Not thread-safe. What it is made of must outlive it, or CloseAll come before.
 class GrantServers : public GrantSockets {
  public:
-  GrantServers(ServiceCore& core, AttachServer& attach) : core_(core), attach_(attach) {}
+  GrantServers(ServiceCore& core, AttachServer& attach, RpcCounters& calls)
+      : core_(core), attach_(attach), calls_(calls) {}
   ~GrantServers() override { CloseAll(absl::ZeroDuration()); }
 
   absl::Status Open(GrantId grant, const std::string& folder) override;
@@ -30,6 +31,7 @@ class GrantServers : public GrantSockets {
  private:
   ServiceCore& core_;
   AttachServer& attach_;
+  RpcCounters& calls_;
   bool serving_ = true;
   std::map<GrantId, std::unique_ptr<GrpcServer>> servers_;
 };

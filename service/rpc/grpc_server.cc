@@ -29,9 +29,9 @@ constexpr mode_t kGrantSocketMode = 0666;
 
 class GrpcServerImpl : public GrpcServer {
  public:
-  GrpcServerImpl(const GrpcServerOptions& options, ServiceCore& core)
+  GrpcServerImpl(const GrpcServerOptions& options, ServiceCore& core, RpcCounters& calls)
       : options_(options),
-        service_(core, options.attach_path, options.grant),
+        service_(core, calls, options.attach_path, options.grant),
         address_(options.listen) {}
   ~GrpcServerImpl() override { Shutdown(absl::ZeroDuration()); }
 
@@ -102,8 +102,9 @@ class GrpcServerImpl : public GrpcServer {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Create(const GrpcServerOptions& options,
-                                                               ServiceCore& core) {
-  auto server = std::make_unique<GrpcServerImpl>(options, core);
+                                                               ServiceCore& core,
+                                                               RpcCounters& calls) {
+  auto server = std::make_unique<GrpcServerImpl>(options, core, calls);
   CKV_RETURN_IF_ERROR(server->Start());
   return std::unique_ptr<GrpcServer>(std::move(server));
 }

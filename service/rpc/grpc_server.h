@@ -10,6 +10,7 @@
 
 namespace clusterkv::service {
 
+class RpcCounters;
 class ServiceCore;
 
 struct GrpcServerOptions {
@@ -25,10 +26,11 @@ struct GrpcServerOptions {
 // Thread-safe.
 class GrpcServer {
  public:
-  // The core must outlive it. Errors: FAILED_PRECONDITION (another daemon serves the address; it is
-  // not disturbed), UNAVAILABLE (cannot bind).
+  // The core must outlive it, and so must the counters, which servers may share. Errors:
+  // FAILED_PRECONDITION (another daemon serves the address; it is not disturbed), UNAVAILABLE
+  // (cannot bind).
   static absl::StatusOr<std::unique_ptr<GrpcServer>> Create(const GrpcServerOptions& options,
-                                                            ServiceCore& core);
+                                                            ServiceCore& core, RpcCounters& calls);
   virtual ~GrpcServer() = default;
 
   virtual const std::string& address() const = 0;  // with the port that was picked

@@ -7,6 +7,7 @@
 
 #include "service/rpc/convert.h"
 #include "service/rpc/grpc_status.h"
+#include "service/rpc/request_id.h"
 
 namespace clusterkv::service {
 namespace {
@@ -72,14 +73,21 @@ class SessionReactor::Sink : public SessionSink {
   SessionReactor* reactor_;  // guarded by mu_; null once the stream is done
 };
 
-SessionReactor::SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context,
-                               std::string attach_path, GrantId grant)
-    : core_(core),
+SessionReactor::SessionReactor(RpcCounters& counters, ServiceCore& core,
+                               grpc::CallbackServerContext& context, std::string attach_path,
+                               GrantId grant)
+    : CountedReactor(counters, "Session"),
+      core_(core),
       context_(context),
       attach_path_(std::move(attach_path)),
       grant_(grant),
+      request_id_(RequestId(context)),
       sink_(std::make_shared<Sink>(*this, core)) {
-  StartRead(&request_);
+  if (request_id_.ok()) {
+    StartRead(&request_);
+  } else {
+    FinishOnce(request_id_.status());
+  }
 }
 
 void SessionReactor::OnReadDone(bool ok) {
@@ -106,12 +114,13 @@ void SessionReactor::OnReadDone(bool ok) {
       std::lock_guard lock(mu_);
       session = session_;
     }
-    if (session != 0) return core_.EndSession(session, why);
+    if (session != 0) return core_.EndSession(session, why, SessionEnd::kProtocolError);
     return FinishOnce(why);
   }
   greeted_ = true;
   HelloInfo hello = FromProto(request_.hello());
   hello.grant = grant_;
+  hello.request_id = *request_id_;
   core_.OpenSession(std::move(hello), sink_, [sink = sink_](absl::StatusOr<WelcomeInfo> welcome) {
     sink->Welcomed(std::move(welcome));
   });
@@ -157,7 +166,8 @@ void SessionReactor::Send(v1::SessionEvent event) {
   }
   if (stuck != 0) {
     core_.EndSession(
-        stuck, absl::AbortedError(fmt::format("the worker has not read {} events", kMaxOutgoing)));
+        stuck, absl::AbortedError(fmt::format("the worker has not read {} events", kMaxOutgoing)),
+        SessionEnd::kProtocolError);
   }
 }
 
@@ -174,7 +184,7 @@ void SessionReactor::OnWriteDone(bool ok) {
     outgoing_.clear();
     why = why_;
   }
-  Finish(ToGrpcStatus(why));
+  Answer(ToGrpcStatus(why));
 }
 
 void SessionReactor::OnCancel() {
@@ -191,18 +201,23 @@ void SessionReactor::OnCancel() {
   }
 }
 
-// gRPC takes one write at a time, and the end is one: a write in flight goes first.
+// gRPC takes one write at a time, and the end is one: a write in flight goes first, and what
+// finishes then may delete this.
 void SessionReactor::FinishOnce(const absl::Status& why) {
+  const std::string id = request_id_.value_or("refused");
+  bool failed_call = false;  // what ends a session is logged with the session
+  bool now = false;
   {
     std::lock_guard lock(mu_);
     if (std::exchange(finished_, true)) return;
     why_ = why;
-    if (!outgoing_.empty()) {
-      if (outgoing_.size() >= kMaxOutgoing) context_.TryCancel();  // the worker does not read
-      return;
-    }
+    failed_call = !why.ok() && session_ == 0;
+    if (!why.ok() && request_id_.ok()) context_.AddTrailingMetadata(kRequestIdKey, id);
+    now = outgoing_.empty();
+    if (outgoing_.size() >= kMaxOutgoing) context_.TryCancel();  // the worker does not read
   }
-  Finish(ToGrpcStatus(why));
+  if (failed_call) LogFailedCall("Session", id, why);
+  if (now) Answer(ToGrpcStatus(why));
 }
 
 void SessionReactor::OnDone() {

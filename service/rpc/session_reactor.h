@@ -10,13 +10,15 @@
 
 #include "clusterkv/v1/session.pb.h"
 #include "service/core.h"
+#include "service/rpc/rpc_counters.h"
 
 namespace clusterkv::service {
 
-class SessionReactor : public grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent> {
+class SessionReactor
+    : public CountedReactor<grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionEvent>> {
  public:
-  SessionReactor(ServiceCore& core, grpc::CallbackServerContext& context, std::string attach_path,
-                 GrantId grant);
+  SessionReactor(RpcCounters& counters, ServiceCore& core, grpc::CallbackServerContext& context,
+                 std::string attach_path, GrantId grant);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -35,6 +37,7 @@ class SessionReactor : public grpc::ServerBidiReactor<v1::SessionRequest, v1::Se
   grpc::CallbackServerContext& context_;
   const std::string attach_path_;
   const GrantId grant_;
+  const absl::StatusOr<std::string> request_id_;
   v1::SessionRequest request_;
   bool greeted_ = false;  // reads come one after another
 

@@ -140,15 +140,22 @@ class Daemon:
         return {series: float(value) for series, value in pairs}
 
     def steady(self):
-        """All of /status and /metrics that only requests change: no clocks, no process figures."""
+        """All of /status and /metrics that requests alone change, at once: no clocks, no process
+        figures, no counts of calls, nothing that is sampled once a second."""
         status = self.status()
-        status.pop("uptime_seconds")
+        for name in ("uptime_seconds", "device_age_seconds", "recent_errors"):
+            status.pop(name)
+        status["counters"].pop("cluster_seconds")
         for session in status["session_list"]:
             session.pop("age_seconds")
         metrics = {series: value for series, value in self.metrics().items()
-                   if not series.startswith(("process_", "clusterkv_uptime_seconds",
-                                             "clusterkv_device_age_seconds",
-                                             "clusterkv_cluster_seconds_total"))}
+                   if not series.startswith((
+                       "process_", "grpc_server_", "clusterkv_thread_", "clusterkv_refused_total",
+                       "clusterkv_waiting_calls",
+                       "clusterkv_host_pool_extent", "clusterkv_host_pool_largest",
+                       "clusterkv_decode_steps", "clusterkv_cache_bytes{"))
+                   and "_evicted_" not in series
+                   and not re.search("_seconds(_total|_sum|_bucket)?(\\{|$)", series)}
         return status, metrics
 
     def held(self):

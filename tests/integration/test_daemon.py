@@ -211,18 +211,30 @@ def test_clusterkvctl_status_says_what_the_admin_port_says(start_daemon):
             [program("clusterkvctl"), "--address", daemon.address, "status", "--format", form],
             env=clean_environment(), capture_output=True, text=True, timeout=bound(30), check=True)
         return done.stdout
+    lost = Worker(daemon.address, "lost")
+    lost.drop()
     with Worker(daemon.address) as worker:
         worker.allocate_ring(4096)
+        while len(daemon.status()["session_list"]) != 1:
+            time.sleep(0.02)
         by_grpc, by_http = json.loads(told("json")), daemon.status()
         for status in (by_grpc, by_http):
             status.pop("uptime_seconds")
+            status.pop("device_age_seconds")
             status["session_list"][0].pop("age_seconds")
         assert by_grpc == by_http
         assert by_grpc["device"] == "host CPU, 3 threads"
+        assert by_grpc["counters"]["sessions_started"] == 2
+        assert by_grpc["counters"]["sessions_lost"] == 1
+        [error] = by_grpc["recent_errors"]
+        assert error["level"] == "warning" and error["count"] == 1
+        assert error["text"].startswith("session over session=1 client=lost why=")
         assert "host CPU, 3 threads" in told("table")
+        for form in (worker.ref.session_token.hex(), worker.ref.session_token.decode("latin-1")):
+            assert form not in told("json") + daemon.http("/status")[2], "the token is a secret"
 
 
-@pytest.mark.parametrize("path", ["/", "/statusz", "/status/", "/../etc/passwd", "/metrics/x",
+@pytest.mark.parametrize("path", ["//", "/statusz", "/status/", "/../etc/passwd", "/metrics/x",
                                   "/" + "a" * 1000])
 def test_an_unknown_path_is_not_found(daemon, path):
     assert daemon.http(path)[0] == 404

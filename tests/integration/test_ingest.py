@@ -247,8 +247,8 @@ def test_a_small_budget_attends_to_sinks_selection_and_window(daemon, worker, bu
         # As the segment rules allow: the newest that is clustered leaves at least 16 exact.
         worker.wait(sequence, length=position + 1)
     mode = '{gpu="host",mode="served"}'
-    with worker.changed:
-        assert worker.published[sequence.id][-1][1] == 384 + 32
+    # The events come on another stream than the answers.
+    worker.wait_for(lambda: worker.published.get(sequence.id, [(0, 0)])[-1][1] == 384 + 32, 20)
     found = daemon.metrics()
     assert found[f"clusterkv_cache_clusters_hit_total{mode}"] == metrics["hit"]
     assert found[f"clusterkv_cache_clusters_missed_total{mode}"] == metrics["missed"]

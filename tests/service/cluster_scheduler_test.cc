@@ -71,7 +71,7 @@ class ClusterSchedulerTest : public testing::Test {
  protected:
   ClusterSchedulerTest()
       : device_(*gpu::host::HostDevice::Create(1)),
-        scheduler_(*ClusterScheduler::Create(device_)) {}
+        scheduler_(*ClusterScheduler::Create(device_, slow_log_)) {}
   ~ClusterSchedulerTest() override { device_.cluster.Open(); }
 
   // Submits all as one batch, for which no allocation is above `largest` bytes.
@@ -87,6 +87,7 @@ class ClusterSchedulerTest : public testing::Test {
   }
 
   GatedDevice device_;
+  SlowLog slow_log_{absl::ZeroDuration()};
   std::unique_ptr<ClusterScheduler> scheduler_;
 };
 

@@ -185,6 +185,7 @@ TEST_F(CoreGrantTest, RevokingEndsItsSessionsAndLetsNoneIn) {
   EXPECT_TRUE(commons->told().ended.empty());
   EXPECT_EQ(OpenOn(kA).code(), StatusCode::kFailedPrecondition);
   EXPECT_FALSE(*Revoke(kA));  // once more does nothing
+  EXPECT_EQ(core_->status().sessions_ended[static_cast<size_t>(SessionEnd::kGrantRevoked)], 2u);
   EXPECT_EQ(core_->status().grants.size(), 1u);
   // What its worker still has mapped comes back with the worker's end.
   EXPECT_TRUE(

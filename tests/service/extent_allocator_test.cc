@@ -78,6 +78,24 @@ TEST(ExtentAllocator, ShrinkGivesBackTheEnd) {
   allocator.Free(extent);  // of nothing
 }
 
+TEST(ExtentAllocator, TellsWhatIsUsedAndTheLargestHole) {
+  ExtentAllocator allocator;
+  EXPECT_EQ(allocator.used_bytes(), 0u);
+  EXPECT_EQ(allocator.largest_hole(), 0u);
+  allocator.AddChunk(0, 4096);
+  allocator.AddChunk(1, 2048);
+  EXPECT_EQ(allocator.largest_hole(), 4096u);
+  const auto first = allocator.Allocate(1024);
+  ASSERT_TRUE(allocator.Allocate(2048).has_value());
+  EXPECT_EQ(allocator.used_bytes(), 3072u);
+  EXPECT_EQ(allocator.largest_hole(), 2048u) << "the second chunk";
+  ASSERT_TRUE(allocator.Allocate(2048).has_value());
+  EXPECT_EQ(allocator.largest_hole(), 1024u) << "the end of the first";
+  allocator.Free(*first);
+  EXPECT_EQ(allocator.used_bytes(), 4096u);
+  EXPECT_EQ(allocator.largest_hole(), 1024u);
+}
+
 TEST(ExtentAllocator, ARemovedChunkIsNoLongerUsed) {
   ExtentAllocator allocator;
   allocator.AddChunk(0, kUnit);

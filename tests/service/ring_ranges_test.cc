@@ -40,6 +40,19 @@ TEST(RingRanges, AReleasedRangeIsFreeAgain) {
   EXPECT_TRUE(ranges.Acquire(1, 32, 64));
 }
 
+TEST(RingRanges, KnowsHowMuchIsInUse) {
+  RingRanges ranges;
+  EXPECT_EQ(ranges.bytes(), 0u);
+  EXPECT_TRUE(ranges.Acquire(1, 0, 100));
+  EXPECT_TRUE(ranges.Acquire(2, 0, 30));
+  EXPECT_FALSE(ranges.Acquire(1, 50, 100));
+  EXPECT_EQ(ranges.bytes(), 130u);
+  ranges.Release(1, 0);
+  EXPECT_EQ(ranges.bytes(), 30u);
+  ranges.Release(1, 0);  // once more changes nothing
+  EXPECT_EQ(ranges.bytes(), 30u);
+}
+
 TEST(RingRanges, RandomHistoriesAgreeWithBruteForce) {
   struct Range {
     uint32_t arena;

@@ -81,6 +81,28 @@ TEST(TaskQueue, StopRunsWhatIsQueuedAndRefusesTheRest) {
   EXPECT_EQ(ran, 5);
 }
 
+TEST(TaskQueue, TellsWhatItsThreadDoes) {
+  TaskQueue queue("load", 10);
+  EXPECT_EQ(queue.load().tasks, 0u);
+  EXPECT_EQ(queue.load().task_age_seconds, 0);
+  Roadblock block(queue);
+  queue.Post([] {});
+  const TaskQueueLoad stuck = queue.load();
+  EXPECT_EQ(stuck.waiting, 1u);
+  EXPECT_EQ(stuck.tasks, 0u);
+  EXPECT_GT(stuck.task_age_seconds, 0);
+  EXPECT_GT(queue.load().task_age_seconds, stuck.task_age_seconds) << "it goes on growing";
+  EXPECT_GE(queue.load().busy_seconds, stuck.task_age_seconds) << "the task that runs counts";
+  block.Open();
+  queue.Stop();
+  const TaskQueueLoad idle = queue.load();
+  EXPECT_EQ(idle.waiting, 0u);
+  EXPECT_EQ(idle.tasks, 2u);
+  EXPECT_EQ(idle.task_age_seconds, 0);
+  EXPECT_GT(idle.busy_seconds, stuck.task_age_seconds);
+  EXPECT_EQ(queue.load().busy_seconds, idle.busy_seconds);
+}
+
 TEST(TaskQueue, FreesWhatATaskHoldsBeforeTheNextRuns) {
   TaskQueue queue("frees", 10);
   auto held = std::make_shared<int>(1);

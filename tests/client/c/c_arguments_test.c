@@ -116,6 +116,13 @@ static void bad_client_options_are_refused(const char* address) {
   options.ring_bytes = 8;
   CHECK_INVALID("ring_bytes", clusterkv_client_connect(&options, &client));
   options = good;
+  options.audit_rate = 1.5;
+  CHECK_INVALID("audit_rate", clusterkv_client_connect(&options, &client));
+  // A program built before that member was there.
+  options.struct_size = offsetof(clusterkv_client_options, audit_rate);
+  CHECK_STATUS(CLUSTERKV_OK, clusterkv_client_connect(&options, &client));
+  clusterkv_client_close(client);
+  options = good;
   options.address = "unix:/nowhere/nobody.sock";
   CHECK_REFUSED(CLUSTERKV_UNAVAILABLE, "nobody.sock", clusterkv_client_connect(&options, &client));
 }

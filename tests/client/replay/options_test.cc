@@ -127,6 +127,8 @@ TEST(ReplayOptions, NameTheBadOptionAndWhatIsAllowed) {
       {{"t", "--set", "group=sum"}, {"group", "softmax, mean, max"}},
       {{"t", "--set", "sink_tokens=1.5"}, {"sink_tokens", "whole number"}},
       {{"t", "--cache-tokens", "many"}, {"--cache-tokens", "0 to"}},
+      {{"t", "--cache-tokens", "8192,"}, {"--cache-tokens", "0 to"}},
+      {{"t", "--cache-tokens", "0,8192", "--methods", "quest"}, {"--cache-tokens", "--methods"}},
       {{"t", "--mode", "remote"}, {"--mode", "direct, served"}},
       {{"t", "--backend", "tpu"}, {"--backend", "auto, host, cuda"}},
       {{"t", "--format", "xml"}, {"--format", "table, json"}},
@@ -134,6 +136,9 @@ TEST(ReplayOptions, NameTheBadOptionAndWhatIsAllowed) {
       {{"t", "--sequences", "0"}, {"--sequences", "1 to"}},
       {{"t", "--workers", "9999"}, {"--workers", "1 to"}},
       {{"t", "--steps", "0"}, {"--steps", "1 to"}},
+      {{"t", "--audit-rate", "1.5"}, {"--audit-rate", "0 to 1"}},
+      {{"t", "--audit-rate", "nan"}, {"--audit-rate", "0 to 1"}},
+      {{"t", "--audit-rate", "often"}, {"--audit-rate", "0 to 1"}},
       {{"t", "--seed", "-1"}, {"--seed", "0 to"}},
       {{"t", "--methods", "quest", "--dump-outputs", "d"}, {"--dump-outputs", "--methods"}},
   };
@@ -143,6 +148,26 @@ TEST(ReplayOptions, NameTheBadOptionAndWhatIsAllowed) {
     EXPECT_THAT(std::string(parsed.status().message()),
                 AllOf(HasSubstr(parts.first), HasSubstr(parts.second)));
   }
+}
+
+TEST(ReplayOptions, FurtherSizesOfTheCacheAreTheSweep) {
+  const auto parsed = Parse({"t", "--cache-tokens", "0,8192,4096,8192", "--html", "r.html"});
+  ASSERT_TRUE(parsed.ok() && parsed->has_value()) << parsed.status();
+  EXPECT_EQ((*parsed)->method.cache_tokens, 0u);
+  EXPECT_THAT((*parsed)->cache_sweep, ElementsAre(8192, 4096));
+  EXPECT_EQ((*parsed)->html, "r.html");
+  EXPECT_THAT((*Parse({"t", "--cache-tokens", "4096"}))->cache_sweep, ElementsAre());
+}
+
+TEST(ReplayOptions, AWorkerOfTheSweepWritesNoDump) {
+  const auto worker = [](const char* cache_tokens) {
+    return *Parse({"--worker-index=1", "--result-fd=9", "--worker-address=unix:/s", "t",
+                   "--cache-tokens", "4096,8192", "--dump-outputs", "d", "--worker-cache-tokens",
+                   cache_tokens});
+  };
+  EXPECT_EQ(worker("4096")->dump_outputs, "d");
+  EXPECT_EQ(worker("8192")->dump_outputs, "");
+  EXPECT_EQ(worker("8192")->method.cache_tokens, 8192u);
 }
 
 TEST(ReplayOptions, HelpIsNoError) {
@@ -172,6 +197,12 @@ TEST(ReplayOptions, AreCheckedAgainstTheTrace) {
   ASSERT_TRUE(small_cache.ok());
   EXPECT_THAT(std::string(CheckAgainstTrace(trace, **small_cache).message()),
               AllOf(HasSubstr("budget 1024"), HasSubstr("cache_tokens is 500")));
+  // Of the sweep it has to be enough for one budget.
+  auto swept = Parse({"t", "--budgets", "64,1024", "--cache-tokens", "0,500"});
+  EXPECT_TRUE(CheckAgainstTrace(trace, **swept).ok());
+  swept = Parse({"t", "--budgets", "64,1024", "--cache-tokens", "0,100"});
+  EXPECT_THAT(std::string(CheckAgainstTrace(trace, **swept).message()),
+              AllOf(HasSubstr("smallest budget, 64"), HasSubstr("cache_tokens is 100")));
 }
 
 TEST(PresetKeys, AreTheContractsAndCanBeSet) {

@@ -45,7 +45,8 @@ class ReportTest : public testing::Test {
   }
 
   Report Build() {
-    return BuildReport({&options_, &trace_, &ranges_, &evaluation_, &service_, "host", "some CPU"});
+    return BuildReport(
+        {&options_, &trace_, &ranges_, &evaluation_, &service_, {}, "host", "some CPU"});
   }
 
   TemporaryDirectory directory_;
@@ -114,6 +115,30 @@ TEST_F(ReportTest, GivesTheBaselinesTheScheduleAndNulls) {
 TEST_F(ReportTest, HasNoQuestGroupWithoutQuest) {
   options_.methods = {Method::kWindow};
   EXPECT_TRUE(nlohmann::json::parse(ReportJson(Build()))["preset"]["quest_group"].is_null());
+}
+
+TEST_F(ReportTest, ASweepOfTheCacheAddsItsHits) {
+  EXPECT_FALSE(nlohmann::json::parse(ReportJson(Build())).contains("cache_sweep"));
+  options_.cache_sweep = {4096};
+  ServiceTotals swept = service_;
+  swept.budgets[0] = {Totals(0.25, 3, 1), Totals(0.75, 1, 0)};
+  swept.budgets[1].assign(2, LayerTotals());  // too small for budget 64
+  const auto report = BuildReport(
+      {&options_, &trace_, &ranges_, &evaluation_, &service_, {swept}, "host", "some CPU"});
+  const auto rows = nlohmann::json::parse(ReportJson(report))["cache_sweep"];
+  ASSERT_EQ(rows.size(), 2u * 3 + 3);
+  // The run's own size, 0, as it is resolved.
+  EXPECT_EQ(rows[0]["cache_tokens"], 4 * 32 + options_.method.largest_cluster_tokens());
+  EXPECT_EQ(rows[2]["layer"], "all");
+  EXPECT_EQ(rows[2]["hit_rate"], 0.625);
+  EXPECT_EQ(rows[5]["budget"], 64);
+  EXPECT_EQ(rows[8], nlohmann::json({{"cache_tokens", 4096},
+                                     {"budget", 32},
+                                     {"layer", "all"},
+                                     {"hit_rate", 0.875},
+                                     {"host_bytes_per_step", 2048.0}}));
+  EXPECT_THAT(ReportTable(report),
+              HasSubstr("     32          4096     87.5%     75.0%          2.0"));
 }
 
 TEST_F(ReportTest, JsonIsOneLineEvenOfOddPaths) {

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <mutex>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/numbers.h"
@@ -18,18 +19,29 @@ namespace clusterkv::service {
 namespace {
 
 using testing::HasSubstr;
+using testing::Not;
 using testing::StartsWith;
 
 class AdminServerTest : public testing::Test {
  protected:
   void SetUp() override {
-    auto server = AdminServer::Create({.listen = "127.0.0.1:0", .status = [this] {
-                                         DaemonStatus status;
-                                         status.version = "1.2.3";
-                                         status.ready = ready_.load();
-                                         status.not_ready_reason = status.ready ? "" : "draining";
-                                         return status;
-                                       }});
+    auto server = AdminServer::Create({.listen = "127.0.0.1:0",
+                                       .status =
+                                           [this] {
+                                             DaemonStatus status;
+                                             status.version = "1.2.3";
+                                             status.ready = ready_.load();
+                                             status.not_ready_reason =
+                                                 status.ready ? "" : "draining";
+                                             status.uptime_seconds = static_cast<double>(uptime_);
+                                             status.served.hit_clusters = 100 * uptime_;
+                                             return status;
+                                           },
+                                       .sequences =
+                                           [this] {
+                                             const std::lock_guard lock(mu_);
+                                             return sequences_;
+                                           }});
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
     ASSERT_THAT(server_->address(), StartsWith("127.0.0.1:"));
@@ -50,7 +62,18 @@ class AdminServerTest : public testing::Test {
     return fd;
   }
 
+  // For tests that serve nothing.
+  static AdminOptions Options(const std::string& listen) {
+    return {.listen = listen,
+            .status = [] { return DaemonStatus{}; },
+            .sequences = [] { return std::vector<SequenceStatus>{}; }};
+  }
+
   std::atomic<bool> ready_{true};
+  std::atomic<uint64_t> uptime_{0};
+  std::mutex mu_;
+  absl::StatusOr<std::vector<SequenceStatus>> sequences_ =  // guarded by mu_
+      std::vector<SequenceStatus>{};
   std::unique_ptr<AdminServer> server_;
   int port_ = 0;
 };
@@ -70,6 +93,51 @@ TEST_F(AdminServerTest, AnswersEveryPath) {
   const auto status = Get("/status");
   EXPECT_EQ(status->get_header_value("Content-Type"), "application/json");
   EXPECT_EQ(nlohmann::json::parse(status->body)["version"], "1.2.3");
+}
+
+TEST_F(AdminServerTest, ServesThePageUnderAPolicyThatForbidsAllElse) {
+  const auto page = Get("/");
+  ASSERT_EQ(page->status, 200);
+  EXPECT_EQ(page->get_header_value("Content-Type"), "text/html; charset=utf-8");
+  EXPECT_EQ(page->get_header_value("X-Content-Type-Options"), "nosniff");
+  EXPECT_EQ(page->get_header_value("Cache-Control"), "no-store");
+  EXPECT_THAT(page->body, StartsWith("<!doctype html>"));
+  EXPECT_THAT(page->body, Not(HasSubstr("PAGE_NONCE")));
+  const std::string policy = page->get_header_value("Content-Security-Policy");
+  EXPECT_THAT(policy, StartsWith("default-src 'none'; script-src 'nonce-"));
+  EXPECT_THAT(policy, Not(HasSubstr("unsafe")));
+  const size_t begin = policy.find("'nonce-") + 7;
+  const std::string nonce = policy.substr(begin, policy.find('\'', begin) - begin);
+  EXPECT_EQ(nonce.size(), 32u);
+  EXPECT_THAT(page->body, HasSubstr("<script nonce=\"" + nonce + "\">"));
+  EXPECT_THAT(page->body, HasSubstr("<style nonce=\"" + nonce + "\">"));
+  EXPECT_THAT(Get("/")->body, Not(HasSubstr(nonce)));
+}
+
+TEST_F(AdminServerTest, KeepsAHistoryOfTenMinutes) {
+  EXPECT_EQ(nlohmann::json::parse(Get("/history")->body)["uptime_seconds"].size(), 0u);
+  for (uptime_ = 1; uptime_ <= 605; ++uptime_) server_->Sample();
+  const auto history = nlohmann::json::parse(Get("/history")->body);
+  for (const auto& [name, column] : history.items()) EXPECT_EQ(column.size(), 600u) << name;
+  EXPECT_EQ(history["uptime_seconds"].front(), 6);
+  EXPECT_EQ(history["uptime_seconds"].back(), 605);
+  EXPECT_EQ(history["served_hit_clusters"].back(), 60500);
+}
+
+TEST_F(AdminServerTest, ListsSequencesOrSaysWhyNot) {
+  {
+    const std::lock_guard lock(mu_);
+    sequences_->emplace_back().sequence = 17;
+  }
+  const auto list = Get("/sequences");
+  EXPECT_EQ(list->get_header_value("Content-Type"), "application/json");
+  EXPECT_EQ(nlohmann::json::parse(list->body)["sequences"][0]["sequence_id"], 17);
+  {
+    const std::lock_guard lock(mu_);
+    sequences_ = absl::UnavailableError("the queue is long");
+  }
+  EXPECT_EQ(Get("/sequences")->status, 503);
+  EXPECT_EQ(Get("/sequences")->body, "the queue is long\n");
 }
 
 TEST_F(AdminServerTest, NotReadyIs503WithTheReasonAndStillAlive) {
@@ -130,8 +198,7 @@ TEST_F(AdminServerTest, AKeepAliveClientHoldsNoThread) {
 }
 
 TEST_F(AdminServerTest, RefusesAPortThatIsTaken) {
-  const auto second =
-      AdminServer::Create({.listen = server_->address(), .status = [] { return DaemonStatus{}; }});
+  const auto second = AdminServer::Create(Options(server_->address()));
   ASSERT_FALSE(second.ok());
   EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(second.status().message()), HasSubstr(server_->address()));
@@ -139,8 +206,7 @@ TEST_F(AdminServerTest, RefusesAPortThatIsTaken) {
 }
 
 TEST_F(AdminServerTest, AnswersOnAllAddressesIfToldTo) {
-  const auto server =
-      AdminServer::Create({.listen = "0.0.0.0:0", .status = [] { return DaemonStatus{}; }});
+  const auto server = AdminServer::Create(Options("0.0.0.0:0"));
   ASSERT_TRUE(server.ok()) << server.status();
   ASSERT_THAT((*server)->address(), StartsWith("0.0.0.0:"));
   int port = 0;
@@ -152,8 +218,7 @@ TEST_F(AdminServerTest, AnswersOnAllAddressesIfToldTo) {
 
 TEST_F(AdminServerTest, RefusesAnAddressWithoutPort) {
   for (const char* listen : {"127.0.0.1", "", "127.0.0.1:http"}) {
-    const auto server =
-        AdminServer::Create({.listen = listen, .status = [] { return DaemonStatus{}; }});
+    const auto server = AdminServer::Create(Options(listen));
     EXPECT_EQ(server.status().code(), absl::StatusCode::kInvalidArgument) << listen;
   }
 }
@@ -175,7 +240,7 @@ TEST_F(AdminServerTest, StartsAndStopsManyTimesOnOnePort) {
   const std::string address = server_->address();
   for (int i = 0; i < 20; ++i) {
     server_.reset();
-    auto server = AdminServer::Create({.listen = address, .status = [] { return DaemonStatus{}; }});
+    auto server = AdminServer::Create(Options(address));
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
   }

@@ -274,6 +274,8 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--attach-timeout", "-1s"}, "--attach-timeout", "write 10s"},
       {{"--poll-time", "11ms"}, "--poll-time", "more than 10ms"},
       {{"--poll-time", "fast"}, "--poll-time", "write 10s"},
+      {{"--audit-share", "1.5"}, "--audit-share", "from 0 to 1"},
+      {{"--audit-share", "nan"}, "--audit-share", "from 0 to 1"},
       {{"--log-level", "loud"}, "--log-level", "debug|info|warning|error"},
       {{"--log-format", "xml"}, "--log-format", "text|json"},
       {{"--listen", "0.0.0.0:7000"}, "listen", "loopback"},

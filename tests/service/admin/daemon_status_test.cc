@@ -21,6 +21,8 @@ DaemonStatus SomeStatus() {
   status.version = "1.2.3";
   status.sequences = 9;
   status.gpu_used_bytes = 900;
+  status.direct.hit_clusters = status.served.missed_clusters = 7;
+  status.ingested_tokens = status.sessions_started = status.rejected_attaches = 7;
   status.host = {.total_bytes = 1000, .used_bytes = 500};
   status.sessions = {Session(1, 2, 10, kNoGrant), Session(2, 3, 20, 0xa), Session(3, 1, 40, 0xb),
                      Session(4, 1, 80, 0xa)};
@@ -40,6 +42,9 @@ TEST(StatusOfGrant, IsThatOfItsSessionsAndItsMemory) {
   EXPECT_EQ(seen.host.total_bytes, 100u);
   EXPECT_EQ(seen.host.used_bytes, 50u);
   EXPECT_EQ(seen.grants.size(), 1u);
+  // What is counted for all together is not for one of them to see.
+  EXPECT_EQ(seen.direct.hit_clusters + seen.served.missed_clusters, 0u);
+  EXPECT_EQ(seen.ingested_tokens + seen.sessions_started + seen.rejected_attaches, 0u);
 }
 
 TEST(StatusOfGrant, OfOneThatWasRevokedIsEmpty) {
@@ -54,6 +59,7 @@ TEST(StatusOfGrant, OfTheDaemonsOwnSocketIsEverything) {
   EXPECT_EQ(seen.sessions.size(), 4u);
   EXPECT_EQ(seen.host.total_bytes, 1000u);
   EXPECT_EQ(seen.sequences, 9u);
+  EXPECT_EQ(seen.ingested_tokens, 7u);
 }
 
 TEST(GrantText, HasOneSpelling) {

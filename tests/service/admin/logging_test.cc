@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "service/recent_errors.h"
+
 namespace clusterkv::service {
 namespace {
 
@@ -71,6 +73,15 @@ TEST_F(Logging, JsonKeepsTypesAndEscapes) {
   EXPECT_EQ(line["path"], "C:\\x\n");
 }
 
+TEST_F(Logging, IsAsciiSoThatNoReaderSeesALineBreak) {
+  const std::string name =
+      "a\xe2\x80\xa8"
+      "b\xc2\x85";  // U+2028, U+0085
+  EXPECT_THAT(Json("m", {{"client", name}}), HasSubstr("\"client\":\"a\\u2028b\\u0085\""));
+  EXPECT_THAT(Text("m", {{"client", name}}), HasSubstr("client=\"a\\u2028b\\u0085\""));
+  EXPECT_EQ(json::parse(Json("m", {{"client", name}}))["client"], name);
+}
+
 TEST_F(Logging, JsonSurvivesBytesThatAreNoUtf8AndNumbersThatAreNone) {
   const json line = json::parse(
       Json("bad \xc3\x28", {{"x", std::numeric_limits<double>::quiet_NaN()}, {"y", "\xff"}}));
@@ -89,6 +100,24 @@ TEST_F(Logging, WritesToStderrFromTheChosenLevelOn) {
   ASSERT_EQ(lines.size(), 2u);
   EXPECT_THAT(lines[0], HasSubstr("Z warning three session=9"));
   EXPECT_THAT(lines[1], HasSubstr("Z error four"));
+}
+
+TEST_F(Logging, KeepsWarningsAndErrorsForThoseWhoLookAtTheDaemon) {
+  InitLogging(LogFormat::kJson, LogLevel::kError);  // the log has no warnings
+  testing::internal::CaptureStderr();
+  LogInfo("not kept");
+  LogWarning("kept", {{"session", 9}, {"client", "evil\n\"name\""}});
+  LogError("kept too");
+  EXPECT_EQ(Lines(testing::internal::GetCapturedStderr()).size(), 1u);
+  const auto kept = DaemonErrors().List();
+  ASSERT_GE(kept.size(), 2u);
+  const RecentError& warning = kept[kept.size() - 2];
+  EXPECT_EQ(warning.level, "warning");
+  EXPECT_EQ(warning.text, "kept session=9 client=\"evil\\n\\\"name\\\"\"");
+  EXPECT_THAT(warning.time, testing::MatchesRegex("....-..-..T..:..:......Z"));
+  EXPECT_EQ(kept.back().level, "error");
+  EXPECT_EQ(kept.back().text, "kept too");
+  for (const RecentError& error : kept) EXPECT_NE(error.text, "not kept");
 }
 
 TEST_F(Logging, BracesInAMessageAreNoFormat) {

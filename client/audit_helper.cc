@@ -1,0 +1,56 @@
+#include "client/audit_helper.h"
+
+#include <pthread.h>
+
+#include <utility>
+
+namespace clusterkv::client {
+
+AuditHelper::AuditHelper(Send send) : send_(std::move(send)) {
+  thread_ = std::thread([this] { Run(); });
+  pthread_setname_np(thread_.native_handle(), "ckv-audit");
+}
+
+AuditHelper::~AuditHelper() { Stop(); }
+
+void AuditHelper::Submit(v1::AuditStepRequest request) {
+  const std::lock_guard lock(mutex_);
+  if (stop_ || queue_.size() >= kMaxQueued) return;
+  queue_.push_back(std::move(request));
+  changed_.notify_all();
+}
+
+void AuditHelper::Flush(const Deadline& deadline) {
+  std::unique_lock lock(mutex_);
+  changed_.wait_until(lock, deadline.time(),
+                      [this] { return stop_ || (queue_.empty() && !sending_); });
+}
+
+void AuditHelper::Stop() {
+  if (!thread_.joinable()) return;
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+    queue_.clear();
+    changed_.notify_all();
+  }
+  thread_.join();
+}
+
+void AuditHelper::Run() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+    if (stop_) return;
+    const v1::AuditStepRequest request = std::move(queue_.front());
+    queue_.pop_front();
+    sending_ = true;
+    lock.unlock();
+    send_(request);
+    lock.lock();
+    sending_ = false;
+    changed_.notify_all();
+  }
+}
+
+}  // namespace clusterkv::client
