@@ -1,6 +1,7 @@
 // The operations of a decode step (design section 3, steps 4 to 7), batched over sequences.
 //
 //   begin-step ─► per layer: append ─► select ─► fetch ─► attend ─► ... ─► end-step
+//                                      └─── decode-layer ───┘
 //
 // Each call enqueues on a stream and returns; it allocates nothing and waits for nothing. Within a
 // step all operations read their lengths from the state's StepLatch, which begin-step wrote once.
