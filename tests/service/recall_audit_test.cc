@@ -33,8 +33,8 @@ class RecallAuditTest : public testing::Test {
       positions_[row] = kSinks + static_cast<uint32_t>(i);
     }
     const auto run = [&](size_t first, size_t count) {
-      return AuditRun{.rows = reinterpret_cast<const std::byte*>(&rows_[first * 2 * kDim]),
-                      .positions = &positions_[first],
+      return AuditRun{.rows = reinterpret_cast<const std::byte*>(rows_.data() + first * 2 * kDim),
+                      .positions = positions_.data() + first,
                       .tokens = static_cast<uint32_t>(count)};
     };
     step.runs = {{run(0, half), run(half, keys.size() - half)}};
