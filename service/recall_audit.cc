@@ -46,7 +46,7 @@ class Scores {
   }
 
   absl::Span<const float> of(size_t group_head) const {
-    return {&values_[group_head * count_], count_};
+    return {values_.data() + group_head * count_, count_};
   }
 
  private:
