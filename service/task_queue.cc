@@ -19,8 +19,7 @@ bool TaskQueue::TryPost(Task task) {
   {
     std::lock_guard lock(mu_);
     if (stopping_ || tasks_.size() >= capacity_) return false;
-    tasks_.push_back(std::move(task));
-    news_.store(true, std::memory_order_relaxed);
+    Push(std::move(task));
   }
   wake_.notify_one();
   return true;
@@ -30,8 +29,7 @@ void TaskQueue::Post(Task task) {
   {
     std::lock_guard lock(mu_);
     if (stopping_) return;
-    tasks_.push_back(std::move(task));
-    news_.store(true, std::memory_order_relaxed);
+    Push(std::move(task));
   }
   wake_.notify_one();
 }
@@ -42,8 +40,7 @@ void TaskQueue::Drain() {
   {
     std::lock_guard lock(mu_);
     if (stopping_) return;
-    tasks_.push_back([reached] { reached->set_value(); });
-    news_.store(true, std::memory_order_relaxed);
+    Push([reached] { reached->set_value(); });
   }
   wake_.notify_one();
   reached->get_future().wait();
@@ -57,6 +54,11 @@ void TaskQueue::Stop() {
   }
   wake_.notify_one();
   if (thread_.joinable()) thread_.join();
+}
+
+void TaskQueue::Push(Task task) {
+  tasks_.push_back(std::move(task));
+  news_.store(true, std::memory_order_relaxed);
 }
 
 size_t TaskQueue::depth() const {

@@ -51,6 +51,7 @@ class TaskQueue {
   using Clock = std::chrono::steady_clock;
 
   void Run();
+  void Push(Task task);  // with mu_
   // Until there is a task, the queue stops, or the time to poll is over.
   void Poll() const;
 

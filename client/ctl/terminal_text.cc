@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <array>
-#include <nlohmann/json.hpp>
+
+#include "client/valid_utf8.h"
 
 namespace clusterkv::client::ctl {
 namespace {
@@ -24,11 +25,7 @@ std::string Scaled(double value, double step, const std::array<const char*, 5>& 
 }  // namespace
 
 std::string Printable(const std::string& text) {
-  using Json = nlohmann::json;
-  // One replacement character for each bad sequence, however long.
-  const std::string valid =
-      Json::parse(Json(text).dump(-1, ' ', false, Json::error_handler_t::replace))
-          .get<std::string>();
+  const std::string valid = ValidUtf8(text);
   std::string printable;
   for (size_t i = 0; i < valid.size(); ++i) {
     const auto byte = static_cast<unsigned char>(valid[i]);

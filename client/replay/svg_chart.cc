@@ -4,8 +4,8 @@
 #include <cmath>
 #include <set>
 
+#include "client/valid_utf8.h"
 #include "fmt/format.h"
-#include "nlohmann/json.hpp"
 
 namespace clusterkv::client::replay {
 namespace {
@@ -160,10 +160,7 @@ std::string ChartHtml(const Chart& chart) {
 }
 
 std::string HtmlText(const std::string& text) {
-  using Json = nlohmann::json;
-  const std::string valid =
-      Json::parse(Json(text).dump(-1, ' ', false, Json::error_handler_t::replace))
-          .get<std::string>();
+  const std::string valid = ValidUtf8(text);
   std::string escaped;
   for (const char c : valid) {
     switch (c) {

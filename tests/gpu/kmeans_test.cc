@@ -306,6 +306,36 @@ TEST(Kmeans, ReachesTheObjectiveOfPlainLloydOnLargerInputs) {
   }
 }
 
+TEST(KmeansSeeds, AreOneOfEachOfEqualRanges) {
+  for (const auto& [tokens, clusters] :
+       {std::pair{1u, 1u}, {10u, 3u}, {77u, 77u}, {32768u, 409u}}) {
+    uint32_t end = 0;
+    for (uint32_t c = 0; c < clusters; ++c) {
+      const SeedRange range = RangeOfSeed(5, c, clusters, tokens);
+      EXPECT_EQ(range.begin, end) << "cluster " << c << " of " << clusters;
+      EXPECT_GE(range.size, tokens / clusters);
+      EXPECT_LE(range.size, tokens / clusters + 1);
+      EXPECT_LT(range.start, range.size);
+      end += range.size;
+    }
+    EXPECT_EQ(end, tokens);
+  }
+}
+
+TEST(KmeansSeeds, AreDrawnEvenlyAndByTheSeed) {
+  constexpr uint32_t kSize = 10, kClusters = 10000;
+  std::vector<uint32_t> drawn(kSize);
+  uint32_t same = 0;
+  for (uint32_t c = 0; c < kClusters; ++c) {
+    const uint32_t start = RangeOfSeed(1, c, kClusters, kSize * kClusters).start;
+    ++drawn[start];
+    same += start == RangeOfSeed(2, c, kClusters, kSize * kClusters).start ? 1 : 0;
+  }
+  // 1,000 of each, and as many by chance the same: five standard deviations are 150.
+  for (const uint32_t count : drawn) EXPECT_NEAR(count, 1000, 150);
+  EXPECT_NEAR(same, 1000, 150);
+}
+
 TEST(Kmeans, FirstPassGivesEachKeyToTheNearestOfDistinctSeeds) {
   const Data data = MakeData({.tokens = 1000, .head_dim = 96, .topics = 50}, 23);
   const std::vector<double> units = UnitKeys(data, false);

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <pthread.h>
+#include <time.h>
 
 #include <atomic>
 #include <chrono>
@@ -173,6 +174,32 @@ TEST(TaskQueue, PollsBetweenTasksAndSleepsAfterwards) {
   EXPECT_EQ(ran, 51);
   queue.Stop();  // while it polls
   EXPECT_FALSE(queue.TryPost([] {}));
+}
+
+// CPU time that the queue's thread takes in the 100 ms after a task.
+double SecondsOfPolling(std::chrono::microseconds poll) {
+  TaskQueue queue("poll", 10, poll);
+  clockid_t clock = 0;
+  std::promise<void> ran;
+  queue.Post([&] {
+    pthread_getcpuclockid(pthread_self(), &clock);
+    ran.set_value();
+  });
+  ran.get_future().wait();
+  const auto now = [&clock] {
+    timespec time = {};
+    clock_gettime(clock, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  };
+  const double before = now();
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  return now() - before;
+}
+
+TEST(TaskQueue, TakesItsCoreForAsLongAsItPolls) {
+  EXPECT_LT(SecondsOfPolling(std::chrono::microseconds(0)), 0.005);
+  EXPECT_LT(SecondsOfPolling(std::chrono::microseconds(200)), 0.005);
+  EXPECT_GT(SecondsOfPolling(std::chrono::seconds(1)), 0.01);  // also on a machine that is busy
 }
 
 }  // namespace

@@ -52,4 +52,24 @@ __device__ void ScoreCentroids(const std::byte* centroids, uint32_t begin, uint3
   }
 }
 
+// One cluster's score for its KV head: the group rule over `scores`, [group] with `stride` between
+// them, in units of log2. largest, inverse_sum: of each query head's scores and their powers of
+// two.
+__device__ inline float CombineScores(GroupRule rule, const float* scores, uint32_t stride,
+                                      uint32_t group, const float* largest,
+                                      const float* inverse_sum) {
+  float combined = rule == GroupRule::kMax ? scores[0] : 0.0f;
+  for (uint32_t g = 0; g < group; ++g) {
+    const float own = scores[size_t{g} * stride];
+    if (rule == GroupRule::kSoftmax) {
+      combined += exp2f(own - largest[g]) * inverse_sum[g];
+    } else if (rule == GroupRule::kMax) {
+      combined = fmaxf(combined, own);
+    } else {
+      combined += own / static_cast<float>(group);
+    }
+  }
+  return combined;
+}
+
 }  // namespace clusterkv::gpu::cuda

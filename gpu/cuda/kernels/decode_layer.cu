@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
       const bool first = c == begin + threadIdx.x;
       const ClusterEntry cluster = first ? first_entry : entries[c];
       const uint32_t resident = (first ? first_used : last_used[c]) != 0 ? 0 : kMissed;
-      keys[c] = OrderedKey(CombineScores(block.group, choice, c, group, shared));
+      keys[c] = OrderedKey(CombineScores(block.group, choice.scores + (c - choice.base),
+                                         choice.stride, group, shared.largest, shared.inverse_sum));
       keys[clusters + c] = state.ClusterTokens(cluster);
       keys[2 * clusters + c] = (cluster.first_row & ~kMissed) | resident;
       if (block.estimate != 0) scratch.taken[item * scratch.clusters + c] = 0;

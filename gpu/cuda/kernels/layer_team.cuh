@@ -72,8 +72,8 @@ struct Choice {
   float* scores;     // [group][stride]: of clusters from `base` on
   uint32_t stride, base;
   bool in_shared;  // keys, weights and rows: else in device memory
-  uint32_t *keys, *weights,
-      *rows;  // [clusters]; rows: first row, with the top bit if it is not resident
+  // [clusters]; rows: first row, with the top bit if it is not resident.
+  uint32_t *keys, *weights, *rows;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -161,24 +161,6 @@ __device__ void ForReceived(const LayerShared<kHeadDim>& shared, uint32_t group,
     sum += __shfl_xor_sync(0xffffffffu, sum, step);
   }
   if (g < group) body(g, make_float2(most, sum), r, own.x);
-}
-
-template <int kHeadDim>
-__device__ float CombineScores(GroupRule rule, const Choice& choice, uint32_t cluster,
-                               uint32_t group, const LayerShared<kHeadDim>& shared) {
-  const float* const scores = choice.scores + (cluster - choice.base);
-  float combined = rule == GroupRule::kMax ? scores[0] : 0.0f;
-  for (uint32_t g = 0; g < group; ++g) {
-    const float own = scores[size_t{g} * choice.stride];
-    if (rule == GroupRule::kSoftmax) {
-      combined += exp2f(own - shared.largest[g]) * shared.inverse_sum[g];
-    } else if (rule == GroupRule::kMax) {
-      combined = fmaxf(combined, own);
-    } else {
-      combined += own / static_cast<float>(group);
-    }
-  }
-  return combined;
 }
 
 #endif

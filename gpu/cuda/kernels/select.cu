@@ -99,22 +99,6 @@ __device__ void SumPowers(const float* scores, uint32_t stride, uint32_t cluster
   }
 }
 
-__device__ float Combine(GroupRule rule, const float* scores, uint32_t stride, uint32_t cluster,
-                         uint32_t group, const SelectShared& shared) {
-  float combined = rule == GroupRule::kMax ? scores[cluster] : 0.0f;
-  for (uint32_t g = 0; g < group; ++g) {
-    const float own = scores[size_t{g} * stride + cluster];
-    if (rule == GroupRule::kSoftmax) {
-      combined += exp2f(own - shared.largest[g]) * shared.inverse_sum[g];
-    } else if (rule == GroupRule::kMax) {
-      combined = fmaxf(combined, own);
-    } else {
-      combined += own / static_cast<float>(group);
-    }
-  }
-  return combined;
-}
-
 // The second part, by one block. `scores` are complete.
 __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_head, uint32_t budget,
                        uint32_t group, uint32_t clusters, float* scores, uint32_t stride,
@@ -130,7 +114,8 @@ __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_hea
   uint32_t* const keys = in_shared ? shared.keys : reinterpret_cast<uint32_t*>(scores);
   uint32_t* const weights = in_shared ? shared.weights : taken;
   for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
-    const uint32_t key = OrderedKey(Combine(rule, scores, stride, c, group, shared));
+    const uint32_t key = OrderedKey(
+        CombineScores(rule, scores + c, stride, group, shared.largest, shared.inverse_sum));
     keys[c] = key;
     weights[c] = state.ClusterTokens(entries[c]);
   }
