@@ -145,6 +145,7 @@ TEST(TaskQueue, TakesTasksFromManyThreads) {
   constexpr int kThreads = 4, kTasks = 2000;
   int ran = 0;  // the queue's thread alone writes it
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&] {
       for (int i = 0; i < kTasks; ++i) queue.Post([&ran] { ++ran; });
