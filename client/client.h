@@ -52,6 +52,10 @@ struct ClientOptions {
   // sequence each, for its metrics of recall and missed attention. Such a step waits once more for
   // its stream. Captured batches take no part.
   double audit_rate = 0;
+  // Served steps by gRPC alone. Otherwise each served batch has a connection of its own beside it,
+  // for its calls that fit a packet of 128 KiB (proto/clusterkv/v1/fetch.proto): they cost a
+  // fraction of gRPC's time.
+  bool served_by_grpc = false;
 };
 
 struct SequenceOptions {

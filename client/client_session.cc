@@ -92,7 +92,8 @@ absl::Status ClientSession::OpenParts() {
                                                    .device = welcome.device(),
                                                    .threads = options_.device_threads}));
   CKV_ASSIGN_OR_RETURN(copy_stream_, device_->CreateStream("ckv-copy"));
-  AttachOptions attach_options{.path = ResolveAttachPath(address, welcome.attach_path()),
+  attach_path_ = ResolveAttachPath(address, welcome.attach_path());
+  AttachOptions attach_options{.path = attach_path_,
                                .session_token = welcome.session_token(),
                                .boot_epoch = reference_.boot_epoch(),
                                .device = device_.get(),
@@ -163,6 +164,15 @@ absl::StatusOr<Arena> ClientSession::TakeIoArena(uint64_t bytes) {
 void ClientSession::ReturnIoArena(Arena arena) {
   const std::lock_guard lock(mutex_);
   if (!closed_) idle_io_.push_back(std::move(arena));
+}
+
+FetchCalls ClientSession::OpenFetchCalls() {
+  std::unique_ptr<FetchSocket> socket;
+  if (!options_.served_by_grpc) {
+    auto connected = FetchSocket::Connect(attach_path_, RpcDeadline());
+    if (connected.ok()) socket = *std::move(connected);
+  }
+  return FetchCalls(*connection_, std::move(socket));
 }
 
 absl::Status ClientSession::SendRange(const v1::IngestTokensRequest& request,

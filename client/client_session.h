@@ -17,6 +17,7 @@
 #include "client/audit_helper.h"
 #include "client/client.h"
 #include "client/connection.h"
+#include "client/fetch_calls.h"
 #include "client/ingest_helper.h"
 #include "client/ring_allocator.h"
 #include "client/sequence_link.h"
@@ -65,6 +66,9 @@ class ClientSession final : private SessionListener {
   absl::StatusOr<Arena> TakeIoArena(uint64_t bytes);
   void ReturnIoArena(Arena arena);
 
+  // By a connection of their own, or by gRPC where the daemon or the options have none.
+  FetchCalls OpenFetchCalls();
+
   // One IngestTokens, again with the same key if it is not known whether the daemon took it.
   absl::Status SendRange(const v1::IngestTokensRequest& request, const Deadline& deadline);
 
@@ -92,6 +96,7 @@ class ClientSession final : private SessionListener {
 
   const ClientOptions options_;
   v1::SessionRef reference_;
+  std::string attach_path_;
   RingAllocator ring_;
   std::unique_ptr<Connection> connection_;
   std::unique_ptr<gpu::Device> device_;
