@@ -172,7 +172,7 @@ class ServiceCore {
   absl::StatusOr<Sample> TakeSample(const Sequence& sequence);
   void TakeSamples(std::vector<Sequence*> sequences);
   void FoldSample(Sequence& sequence, const Sample& sample);
-  void FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled);
+  void FoldCounters(Sequence& sequence, size_t layer, const gpu::LayerCounters& now);
   void CountRegistered(const Sequence& sequence);
   void CountReleased(const Sequence& sequence);
   void CountRefused(Limit limit) { ++counters_.refused[static_cast<size_t>(limit)]; }
@@ -239,7 +239,8 @@ class ServiceCore {
   DeviceWatch device_watch_;
   absl::Time last_tick_;
   std::function<void()> idle_;
-  DaemonStatus counters_;  // the cumulative parts
+  DaemonStatus counters_;     // the cumulative parts
+  DaemonStatus next_status_;  // room for the next snapshot: each call of a layer makes one
   std::atomic<uint64_t> next_waiter_{1};
   std::atomic<uint64_t> rejected_attaches_{0};
 
