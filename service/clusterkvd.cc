@@ -149,9 +149,11 @@ absl::StatusOr<std::vector<SequenceStatus>> Sequences(ServiceCore& core) {
 }
 
 absl::Status Serve(const Config& config, const Signals& signals) {
-  CKV_ASSIGN_OR_RETURN(auto device, gpu::CreateDevice({.backend = config.backend,
-                                                       .device = config.device,
-                                                       .threads = config.threads}));
+  CKV_ASSIGN_OR_RETURN(
+      auto device,
+      gpu::CreateDevice({.backend = config.backend,
+                         .device = config.devices.empty() ? "" : config.devices.front(),
+                         .threads = config.threads}));
   LogInfo("device", {{"backend", device->backend()}, {"description", device->description()}});
   CKV_ASSIGN_OR_RETURN(auto pool, HostPool::Create({.directory = config.host_memory_dir,
                                                     .total_bytes = config.host_memory_bytes,

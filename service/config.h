@@ -26,9 +26,9 @@ struct Config {
   std::string host_memory_dir = "/dev/shm/clusterkv";
   uint64_t host_chunk_bytes = 0;  // 0: chosen from host_memory
   std::string backend = "auto";
-  std::string device;
-  uint64_t gpu_memory_bytes = 0;                 // 0: no bound
-  int threads = 0;                               // 0: all cores
+  std::vector<std::string> devices;  // of cuda: indexes or UUIDs, at most one; empty: the first
+  uint64_t gpu_memory_bytes = 0;     // 0: no bound
+  int threads = 0;                   // 0: all cores
   std::optional<std::set<uint32_t>> allow_uids;  // nullopt: any
   std::optional<std::set<uint32_t>> allow_gids;
   bool device_plugin = false;

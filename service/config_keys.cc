@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "gpu/status_macros.h"
 #include "service/size_text.h"
 
@@ -143,6 +145,31 @@ std::vector<ConfigKey> AddressKeys() {
   };
 }
 
+ConfigKey DevicesKey() {
+  return {"devices", "index|UUID,...", "the GPU of backend cuda, one for now; empty: the first",
+          [](Config& config, const std::string& text) -> absl::Status {
+            config.devices.clear();
+            if (text.empty()) return absl::OkStatus();
+            std::vector<std::string> devices = absl::StrSplit(text, ',');
+            for (std::string& device : devices) {
+              absl::StripAsciiWhitespace(&device);
+              if (device.empty()) {
+                return absl::InvalidArgumentError(
+                    fmt::format("'{}' has an empty entry; write 0 or GPU-...", text));
+              }
+            }
+            if (devices.size() > 1) {
+              return absl::InvalidArgumentError(
+                  fmt::format("'{}' names {} GPUs, and a daemon serves one for now: start one for "
+                              "each, with listen, admin-listen and host-memory-dir of its own",
+                              text, devices.size()));
+            }
+            config.devices = std::move(devices);
+            return absl::OkStatus();
+          },
+          [](const Config& config) { return absl::StrJoin(config.devices, ","); }};
+}
+
 std::vector<ConfigKey> MemoryKeys() {
   static const std::vector<std::string> backends{"auto", "host", "cuda"};
   return {
@@ -163,7 +190,7 @@ std::vector<ConfigKey> MemoryKeys() {
                                        backends.begin());
           }),
       SizeKey("gpu-memory", "bound on device memory; 0: none", &Config::gpu_memory_bytes, "0"),
-      TextKey("device", "index|UUID", "the GPU of backend cuda; empty: the first", &Config::device),
+      DevicesKey(),
       CountKey<int>("threads", "of the host backend; 0: all cores", &Config::threads, 0, 1024),
   };
 }

@@ -437,6 +437,7 @@ ERRORS = {
     "size-in-file": ([], {}, "host-memory: [1, 2]\n", ["host-memory", "one value"]),
     "bad-yaml": ([], {}, "a: b: c\n", ["c.yaml"]),
     "bad-choice": (["--backend=tpu"], {}, None, ["--backend", "auto|host|cuda"]),
+    "two-gpus": (["--devices=0,1"], {}, None, ["--devices", "one for now"]),
     "bad-number": (["--max-sessions=0"], {}, None, ["--max-sessions", "from 1 to"]),
     "bad-duration": (["--drain-timeout=soon"], {}, None, ["--drain-timeout", "soon"]),
     "bad-ids": (["--allow-uids=root"], {}, None, ["--allow-uids", "root"]),

@@ -58,6 +58,7 @@ TEST(Config, DefaultsNeedNoFlags) {
   EXPECT_EQ(config->host_chunk_bytes, 64ull << 20);
   EXPECT_EQ(config->backend, "auto");
   EXPECT_EQ(config->gpu_memory_bytes, 0u);
+  EXPECT_THAT(config->devices, IsEmpty());
   EXPECT_EQ(config->threads, 0);
   EXPECT_THAT(config->allow_uids, Optional(ElementsAre(geteuid())));
   EXPECT_THAT(config->allow_gids, Optional(IsEmpty()));
@@ -91,6 +92,8 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "--backend=host",
                             "--gpu-memory",
                             "30gb",
+                            "--devices",
+                            " GPU-12ab ",
                             "--threads",
                             "3",
                             "--allow-uids",
@@ -127,6 +130,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->host_chunk_bytes, 32ull << 20);
   EXPECT_EQ(config->backend, "host");
   EXPECT_EQ(config->gpu_memory_bytes, 30ull << 30);
+  EXPECT_THAT(config->devices, ElementsAre("GPU-12ab"));
   EXPECT_EQ(config->threads, 3);
   EXPECT_EQ(config->allow_uids, std::nullopt);
   EXPECT_THAT(config->allow_gids, Optional(ElementsAre(7u, 9u)));
@@ -146,12 +150,14 @@ TEST(Config, ReadsEveryKeyFromFlags) {
 
 TEST_F(ConfigFile, FlagGoesBeforeEnvironmentBeforeFileBeforeDefault) {
   const std::string path =
-      Write("host-memory: 1gb\nmax-sessions: 11\nthreads: 1\nlog-format: json\n");
+      Write("host-memory: 1gb\nmax-sessions: 11\nthreads: 1\nlog-format: json\ndevices: 1\n");
   const auto config = Load({"--config", path, "--host-memory=3gb"},
-                           {"PATH=/bin", "CLUSTERKV_HOST_MEMORY=2gb", "CLUSTERKV_MAX_SESSIONS=12"});
+                           {"PATH=/bin", "CLUSTERKV_HOST_MEMORY=2gb", "CLUSTERKV_MAX_SESSIONS=12",
+                            "CLUSTERKV_DEVICES=GPU-12ab"});
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->host_memory_bytes, 3ull << 30);
   EXPECT_EQ(config->max_sessions, 12u);
+  EXPECT_THAT(config->devices, ElementsAre("GPU-12ab"));
   EXPECT_EQ(config->threads, 1);
   EXPECT_EQ(config->log_format, LogFormat::kJson);
   EXPECT_EQ(config->max_arenas_per_session, 64u);
@@ -262,6 +268,11 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--host-chunk", "3mb"}, "host-chunk", "multiple of 2mb"},
       {{"--host-memory-dir", "here"}, "host-memory-dir", "absolute"},
       {{"--backend", "rocm"}, "--backend", "auto|host|cuda"},
+      {{"--devices", "0,1"}, "--devices", "names 2 GPUs, and a daemon serves one for now"},
+      {{"--devices", "GPU-12ab, GPU-12ac,2"}, "--devices", "names 3 GPUs"},
+      {{"--devices", "0,"}, "--devices", "empty entry"},
+      {{"--devices", " "}, "--devices", "empty entry"},
+      {{"--device", "0"}, "--device", "did you mean 'devices'?"},
       {{"--threads", "-1"}, "--threads", "from 0 to 1024"},
       {{"--threads", "two"}, "--threads", "from 0 to 1024"},
       {{"--max-sessions", "0"}, "--max-sessions", "from 1 to 65536"},
