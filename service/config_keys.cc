@@ -9,6 +9,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "gpu/numa_nodes.h"
 #include "gpu/status_macros.h"
 #include "service/size_text.h"
 
@@ -145,6 +146,38 @@ std::vector<ConfigKey> AddressKeys() {
   };
 }
 
+ConfigKey NumaKey() {
+  return {
+      "host-numa-node", "auto|off|number",
+      "NUMA node that host-memory is taken from while it has room; auto: the one next to the GPU",
+      [](Config& config, const std::string& text) -> absl::Status {
+        if (text == "auto" || text == "off") {
+          config.host_numa = text == "auto" ? NumaPlacement::kAuto : NumaPlacement::kOff;
+          return absl::OkStatus();
+        }
+        const std::set<int> nodes = gpu::MemoryNodes();
+        if (!absl::SimpleAtoi(text, &config.host_numa_node) ||
+            !nodes.contains(config.host_numa_node)) {
+          return absl::InvalidArgumentError(
+              fmt::format("'{}' is not auto, off or a node with memory, which are: {}", text,
+                          nodes.empty() ? "none" : absl::StrJoin(nodes, ", ")));
+        }
+        config.host_numa = NumaPlacement::kNode;
+        return absl::OkStatus();
+      },
+      [](const Config& config) -> std::string {
+        switch (config.host_numa) {
+          case NumaPlacement::kAuto:
+            return "auto";
+          case NumaPlacement::kOff:
+            return "off";
+          case NumaPlacement::kNode:
+            break;
+        }
+        return std::to_string(config.host_numa_node);
+      }};
+}
+
 ConfigKey DevicesKey() {
   return {"devices", "index|UUID,...", "the GPU of backend cuda, one for now; empty: the first",
           [](Config& config, const std::string& text) -> absl::Status {
@@ -182,6 +215,7 @@ std::vector<ConfigKey> MemoryKeys() {
               "piece of it that is lent whole to one session; auto: the power of two at or below "
               "host-memory / 32, 16mb to 1gb",
               &Config::host_chunk_bytes, "auto"),
+      NumaKey(),
       ChoiceKey(
           "backend", backends, "where device work runs; auto: cuda if it is there",
           [](Config& config, size_t i) { config.backend = backends[i]; },

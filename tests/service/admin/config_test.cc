@@ -7,16 +7,22 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <set>
+#include <string>
+
+#include "gpu/numa_nodes.h"
 
 namespace clusterkv::service {
 namespace {
 
 using testing::AllOf;
+using testing::Contains;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::Not;
 using testing::Optional;
+using testing::Pair;
 
 using Words = std::vector<std::string>;
 
@@ -56,6 +62,7 @@ TEST(Config, DefaultsNeedNoFlags) {
   EXPECT_EQ(config->host_memory_bytes, 2ull << 30);
   EXPECT_EQ(config->host_memory_dir, "/dev/shm/clusterkv");
   EXPECT_EQ(config->host_chunk_bytes, 64ull << 20);
+  EXPECT_EQ(config->host_numa, NumaPlacement::kAuto);
   EXPECT_EQ(config->backend, "auto");
   EXPECT_EQ(config->gpu_memory_bytes, 0u);
   EXPECT_THAT(config->devices, IsEmpty());
@@ -89,6 +96,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "--host-memory-dir=/mnt/huge",
                             "--host-chunk",
                             "32mb",
+                            "--host-numa-node=off",
                             "--backend=host",
                             "--gpu-memory",
                             "30gb",
@@ -128,6 +136,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->host_memory_bytes, 1ull << 30);
   EXPECT_EQ(config->host_memory_dir, "/mnt/huge");
   EXPECT_EQ(config->host_chunk_bytes, 32ull << 20);
+  EXPECT_EQ(config->host_numa, NumaPlacement::kOff);
   EXPECT_EQ(config->backend, "host");
   EXPECT_EQ(config->gpu_memory_bytes, 30ull << 30);
   EXPECT_THAT(config->devices, ElementsAre("GPU-12ab"));
@@ -236,6 +245,18 @@ TEST(Config, OpensTheAdminPortOnlyWhenAskedTo) {
   }
 }
 
+TEST(Config, TakesANumaNodeThatHasMemory) {
+  const std::set<int> nodes = gpu::MemoryNodes();
+  if (nodes.empty()) GTEST_SKIP() << "the kernel tells of no NUMA nodes";
+  const std::string last = std::to_string(*nodes.rbegin());
+  const auto config = Load({"--host-numa-node", last});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->host_numa, NumaPlacement::kNode);
+  EXPECT_EQ(config->host_numa_node, *nodes.rbegin());
+  EXPECT_THAT(EffectiveConfig(*config), Contains(Pair("host-numa-node", last)));
+  EXPECT_THAT(Message(Load({"--host-numa-node", "1023"})), HasSubstr(last)) << "names them";
+}
+
 struct BadFlags {
   Words flags;
   std::string key;      // that the message names
@@ -268,6 +289,9 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--host-chunk", "3mb"}, "host-chunk", "multiple of 2mb"},
       {{"--host-memory-dir", "here"}, "host-memory-dir", "absolute"},
       {{"--backend", "rocm"}, "--backend", "auto|host|cuda"},
+      {{"--host-numa-node", "1023"}, "--host-numa-node", "a node with memory, which are: "},
+      {{"--host-numa-node", "-1"}, "--host-numa-node", "not auto, off or a node"},
+      {{"--host-numa-node", "near"}, "--host-numa-node", "not auto, off or a node"},
       {{"--devices", "0,1"}, "--devices", "names 2 GPUs, and a daemon serves one for now"},
       {{"--devices", "GPU-12ab, GPU-12ac,2"}, "--devices", "names 3 GPUs"},
       {{"--devices", "0,"}, "--devices", "empty entry"},
