@@ -17,6 +17,7 @@ namespace clusterkv::service {
 namespace {
 
 constexpr size_t kFarthestTypingError = 3;  // in edits
+constexpr absl::Duration kLongestPoll = absl::Milliseconds(10);
 
 ConfigKey TextKey(std::string name, std::string type, std::string help,
                   std::string Config::*field) {
@@ -230,7 +231,6 @@ std::vector<ConfigKey> MemoryKeys() {
 }
 
 ConfigKey PollKey() {
-  constexpr absl::Duration kLongest = absl::Milliseconds(10);
   return {"poll-time", "duration|auto",
           "how long the threads that answer calls look for the next one before they sleep, at most "
           "10ms: takes up to two cores while calls come, and tens of microseconds off each; auto: "
@@ -239,7 +239,7 @@ ConfigKey PollKey() {
             config.poll_time.reset();
             if (text == "auto") return absl::OkStatus();
             CKV_ASSIGN_OR_RETURN(const absl::Duration time, ParseDuration(text));
-            if (time > kLongest) {
+            if (time > kLongestPoll) {
               return absl::InvalidArgumentError(fmt::format("'{}' is more than 10ms", text));
             }
             config.poll_time = time;
