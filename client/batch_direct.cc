@@ -59,7 +59,7 @@ absl::Status DirectBatch::Open(uint32_t budget_tokens) {
 
 absl::Status DirectBatch::CheckCaptured() const {
   if (options_.captured) return absl::OkStatus();
-  return absl::FailedPreconditionError("the batch was made without BatchOptions::captured");
+  return absl::FailedPreconditionError("the batch was made without captured");
 }
 
 absl::Status DirectBatch::Prepare(uint32_t budget_tokens) {

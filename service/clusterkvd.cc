@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "gpu/device.h"
+#include "gpu/numa_nodes.h"
 #include "gpu/status_macros.h"
 #include "service/admin_server.h"
 #include "service/attach_server.h"
@@ -26,6 +27,7 @@
 #include "service/device_plugin/device_plugin.h"
 #include "service/host_pool.h"
 #include "service/logging.h"
+#include "service/numa_policy.h"
 #include "service/rpc/fetch_server.h"
 #include "service/rpc/grant_servers.h"
 #include "service/rpc/grpc_server.h"
@@ -149,14 +151,25 @@ absl::StatusOr<std::vector<SequenceStatus>> Sequences(ServiceCore& core) {
   return absl::UnavailableError("the daemon's queue of requests is long; try again");
 }
 
+std::optional<int> PoolNode(const Config& config, const gpu::Device& device) {
+  const std::optional<int> node = HostPoolNode(config, device.numa_node(), gpu::MemoryNodes());
+  if (config.host_numa != NumaPlacement::kAuto || !node || !HasMemoryPolicy()) return node;
+  LogInfo("the memory policy of this process is kept; a number as host-numa-node overrides it",
+          {{"next_to_the_device", *node}});
+  return std::nullopt;
+}
+
 absl::Status Serve(const Config& config, const Signals& signals) {
-  CKV_ASSIGN_OR_RETURN(auto device, gpu::CreateDevice({.backend = config.backend,
-                                                       .device = config.device,
-                                                       .threads = config.threads}));
+  CKV_ASSIGN_OR_RETURN(
+      auto device,
+      gpu::CreateDevice({.backend = config.backend,
+                         .device = config.devices.empty() ? "" : config.devices.front(),
+                         .threads = config.threads}));
   LogInfo("device", {{"backend", device->backend()}, {"description", device->description()}});
   CKV_ASSIGN_OR_RETURN(auto pool, HostPool::Create({.directory = config.host_memory_dir,
                                                     .total_bytes = config.host_memory_bytes,
                                                     .chunk_bytes = config.host_chunk_bytes,
+                                                    .numa_node = PoolNode(config, *device),
                                                     .device = device.get()}));
   RpcCounters calls;  // of all servers
   CKV_ASSIGN_OR_RETURN(

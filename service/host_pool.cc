@@ -17,6 +17,7 @@
 
 #include "gpu/status_macros.h"
 #include "service/logging.h"
+#include "service/numa_policy.h"
 
 namespace clusterkv::service {
 namespace {
@@ -76,20 +77,53 @@ absl::StatusOr<std::unique_ptr<HostPool>> HostPool::Create(const HostPoolOptions
   RemoveStaleChunks(options.directory);
 
   auto pool = std::unique_ptr<HostPool>(new HostPool(std::move(lock), options.chunk_bytes));
+  CKV_RETURN_IF_ERROR(pool->AddChunks(options));
+  if (options.device != nullptr) CKV_RETURN_IF_ERROR(pool->PinChunks(*options.device));
+  // Lowest ordinals first.
+  for (uint32_t i = pool->chunk_count(); i > 0; --i) pool->free_.push_back(i - 1);
+  return pool;
+}
+
+absl::Status HostPool::AddChunks(const HostPoolOptions& options) {
+  std::unique_ptr<PreferredNode> preferred;
+  if (options.numa_node) {
+    // Not an error: a container's seccomp profile may forbid it, and the memory serves all the
+    // same.
+    auto set = PreferredNode::Create(*options.numa_node);
+    if (set.ok()) {
+      preferred = *std::move(set);
+    } else {
+      LogWarning("cannot choose the NUMA node of host memory",
+                 {{"why", std::string(set.status().message())}});
+    }
+  }
   const uint64_t count = options.total_bytes / options.chunk_bytes;
   for (uint64_t i = 0; i < count; ++i) {
-    absl::Status added = pool->AddChunk(
-        fmt::format("{}/{}{:06}{}", options.directory, kChunkPrefix, i, kChunkSuffix));
+    absl::Status added =
+        AddChunk(fmt::format("{}/{}{:06}{}", options.directory, kChunkPrefix, i, kChunkSuffix));
     if (!added.ok()) {
       return absl::Status(
           added.code(), fmt::format("{} (chunk {} of {} of {} bytes)", std::string(added.message()),
                                     i + 1, count, options.chunk_bytes));
     }
   }
-  if (options.device != nullptr) CKV_RETURN_IF_ERROR(pool->PinChunks(*options.device));
-  // Lowest ordinals first.
-  for (uint32_t i = pool->chunk_count(); i > 0; --i) pool->free_.push_back(i - 1);
-  return pool;
+  if (preferred != nullptr) ReportNode(*options.numa_node);
+  return absl::OkStatus();
+}
+
+// By the last page of each chunk: a node that had no more room when it was taken gave no part of
+// the chunks after it.
+void HostPool::ReportNode(int node) const {
+  const auto there = std::ranges::count_if(chunks_, [&](const Chunk& chunk) {
+    const auto found = NodeOfPage(chunk.mapping.data() + chunk_bytes_ - 1);
+    return found.ok() && *found == node;
+  });
+  LogInfo("host memory is taken from one NUMA node",
+          {{"node", node}, {"chunks_there", there}, {"of", chunks_.size()}});
+  if (static_cast<size_t>(there) < chunks_.size()) {
+    LogWarning("the NUMA node has too little room: part of the host memory lies on another",
+               {{"node", node}, {"chunks_elsewhere", chunks_.size() - static_cast<size_t>(there)}});
+  }
 }
 
 absl::Status HostPool::AddChunk(const std::string& path) {

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,7 @@ struct HostPoolOptions {
   std::string directory;  // created if missing, set to 0700
   uint64_t total_bytes = 0;
   uint64_t chunk_bytes = 0;
+  std::optional<int> numa_node = {};  // its pages lie there while it has room; nullopt: anywhere
   gpu::Device* device = nullptr;  // pins every chunk for it; null: none needs to. Outlives the pool
 };
 
@@ -69,7 +71,9 @@ class HostPool {
   };
 
   HostPool(gpu::UniqueFd lock, uint64_t chunk_bytes);
+  absl::Status AddChunks(const HostPoolOptions& options);
   absl::Status AddChunk(const std::string& path);
+  void ReportNode(int node) const;
   absl::Status PinChunks(gpu::Device& device);
 
   gpu::UniqueFd lock_;  // flock on the directory's lock file

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -63,6 +64,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
   const std::string& backend() const override { return device_->backend(); }
   const std::string& description() const override { return device_->description(); }
   const std::string& uuid() const override { return device_->uuid(); }
+  std::optional<int> numa_node() const override { return device_->numa_node(); }
   absl::StatusOr<std::unique_ptr<gpu::Stream>> WrapStream(void* native) override {
     return device_->WrapStream(native);
   }

@@ -16,8 +16,8 @@ namespace clusterkv::service {
 
 class TemporaryDirectory {
  public:
-  TemporaryDirectory() {
-    std::string pattern = testing::TempDir() + "clusterkv-XXXXXX";
+  explicit TemporaryDirectory(const std::string& parent = testing::TempDir()) {
+    std::string pattern = parent + "clusterkv-XXXXXX";
     if (mkdtemp(pattern.data()) == nullptr) std::abort();
     path_ = pattern;
   }
