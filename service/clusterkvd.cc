@@ -169,6 +169,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   CKV_ASSIGN_OR_RETURN(auto pool, HostPool::Create({.directory = config.host_memory_dir,
                                                     .total_bytes = config.host_memory_bytes,
                                                     .chunk_bytes = config.host_chunk_bytes,
+                                                    .new_files = config.has_many_parties(),
                                                     .numa_node = PoolNode(config, *device),
                                                     .device = device.get()}));
   RpcCounters calls;  // of all servers

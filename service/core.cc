@@ -358,6 +358,7 @@ void ServiceCore::Tick() {
       End(*session, SessionEnd::kAttachTimeout,
           absl::AbortedError("the worker did not attach in time"));
     }
+    RecycleUnclean();
     MeasureHostMemory();
     ProbeDevice();
     PublishStatus();

@@ -152,6 +152,8 @@ class ServiceCore {
                         uint64_t bytes);
   void DoAllocateArena(Session& session, uint64_t bytes, Completion<ArenaInfo> done);
   void RecycleReturned(Session& session);
+  void Recycle(PoolChunk chunk, std::shared_ptr<HostAccount> account);
+  void RecycleUnclean();
   absl::StatusOr<const std::byte*> ArenaBytes(const Session& session, ArenaId arena,
                                               uint64_t offset, uint64_t bytes) const;
 
@@ -239,6 +241,8 @@ class ServiceCore {
   DeviceWatch device_watch_;
   absl::Time last_tick_;
   std::function<void()> idle_;
+  // Chunks that could not be cleaned, and whose they are.
+  std::vector<std::pair<PoolChunk, std::shared_ptr<HostAccount>>> unclean_;
   DaemonStatus counters_;     // the cumulative parts
   DaemonStatus next_status_;  // room for the next snapshot: each call of a layer makes one
   std::atomic<uint64_t> next_waiter_{1};

@@ -68,6 +68,7 @@ TEST(Config, DefaultsNeedNoFlags) {
   EXPECT_THAT(config->devices, IsEmpty());
   EXPECT_EQ(config->threads, 0);
   EXPECT_THAT(config->allow_uids, Optional(ElementsAre(geteuid())));
+  EXPECT_FALSE(config->has_many_parties());
   EXPECT_THAT(config->allow_gids, Optional(IsEmpty()));
   EXPECT_EQ(config->max_sessions, 64u);
   EXPECT_EQ(config->max_sequences_per_session, 1024u);
@@ -142,6 +143,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_THAT(config->devices, ElementsAre("GPU-12ab"));
   EXPECT_EQ(config->threads, 3);
   EXPECT_EQ(config->allow_uids, std::nullopt);
+  EXPECT_TRUE(config->has_many_parties());
   EXPECT_THAT(config->allow_gids, Optional(ElementsAre(7u, 9u)));
   EXPECT_EQ(config->max_sessions, 2u);
   EXPECT_EQ(config->max_sequences_per_session, 3u);
