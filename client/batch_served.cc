@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/grpc_status.h"
 #include "gpu/status_macros.h"
 
 namespace clusterkv::client {
@@ -158,7 +159,7 @@ absl::Status ServedBatch::Attend(uint32_t layer, const gpu::QuerySource& queries
   const absl::StatusOr<v1::FetchClustersReply> reply =
       session_.connection().FetchClusters(request, session_.RpcDeadline());
   if (!reply.ok()) {
-    in_doubt_ = absl::IsDeadlineExceeded(reply.status()) || absl::IsUnavailable(reply.status());
+    in_doubt_ = MayHaveHappened(reply.status());
     return reply.status();
   }
   in_doubt_ = false;
