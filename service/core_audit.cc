@@ -3,9 +3,9 @@
 //   AuditStep ─► audit thread: ReadAuditSlot, RunAudit over the rows where they lie ─► counters
 //
 // The rows of published segments never change, and the sequence stays while its audit runs, so that
-// its state and the session's arenas do, too. One
-// audit at a time, and after each as long a pause as keeps the thread within --audit-share of a
-// core: what comes meanwhile is skipped, so a worker cannot make us work.
+// its state and the session's arenas do, too. One audit at a time, and after each as long a pause
+// as keeps the thread within --audit-share of a core: what comes meanwhile is skipped, so a worker
+// cannot make us work.
 #include <fmt/format.h>
 
 #include <algorithm>

@@ -169,8 +169,8 @@ typedef struct clusterkv_client_options {
   uint32_t reserved;           // 0
   // Share of the direct steps, 0 to 1, that the daemon compares with exact attention, for its
   // metrics of recall and missed attention. No step waits for that: samples pass through a ring in
-  // device memory, some MiB for all batches, and what does not fit is dropped. Captured batches take
-  // no part, nor does one that is made when the daemon has no memory for the ring.
+  // device memory, some MiB for all batches, and what does not fit is dropped. Captured batches
+  // take no part, nor does one that is made when the daemon has no memory for the ring.
   double audit_rate;
 } clusterkv_client_options;
 
