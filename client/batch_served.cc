@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/grpc_status.h"
 #include "gpu/status_macros.h"
 
 namespace clusterkv::client {
@@ -167,7 +168,7 @@ absl::Status ServedBatch::Attend(uint32_t layer, const gpu::QuerySource& queries
   const absl::StatusOr<v1::FetchClustersReply> reply =
       calls_.Call(std::move(request), AnswerBytes(), session_.RpcDeadline());
   if (!reply.ok()) {
-    in_doubt_ = absl::IsDeadlineExceeded(reply.status()) || absl::IsUnavailable(reply.status());
+    in_doubt_ = MayHaveHappened(reply.status());
     return reply.status();
   }
   in_doubt_ = false;

@@ -39,8 +39,6 @@
 
 namespace clusterkv::service {
 
-struct AuditStep;
-
 struct CoreOptions {
   std::string version;
   uint64_t boot_epoch = 0;
@@ -200,8 +198,10 @@ class ServiceCore {
   bool WaitIsOver(const Sequence& sequence, uint32_t length) const;
 
   // core_audit.cc
-  absl::Status PrepareAudit(const Sequence& sequence, AuditRequest request, AuditStep& step) const;
-  void StartAudit(Sequence& sequence, const std::shared_ptr<AuditStep>& step,
+  struct AuditWork;
+  absl::Status PrepareAudit(const Session& session, const Sequence& sequence,
+                            const AuditRequest& request, AuditWork& work) const;
+  void StartAudit(Sequence& sequence, const std::shared_ptr<AuditWork>& work,
                   const Completion<bool>& done);
 
   // core_serve.cc
@@ -222,7 +222,7 @@ class ServiceCore {
   const std::unique_ptr<HostPool> pool_;
   HostAccounts accounts_;  // the core's own
   const absl::Time started_;
-  std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
+  std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_, audit_stream_;
   SlowLog slow_log_;
   std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread
   std::unique_ptr<gpu::DeviceMemory> probe_;     // of the memory thread

@@ -111,6 +111,7 @@ CoreTest::~CoreTest() {
   if (core_ == nullptr) return;
   device_->stage.Open();
   device_->cluster.Open();
+  device_->audit.Open();
   core_->Stop();
 }
 
