@@ -34,6 +34,7 @@ class FetchServer : public FetchConnections {
   static absl::StatusOr<std::unique_ptr<FetchServer>> Create(const FetchServerOptions& options,
                                                              ServiceCore& core, RpcCounters& calls);
   // Closes all connections. Calls that have not been answered lose their answers.
+  ~FetchServer() override = default;
 };
 
 }  // namespace clusterkv::service
