@@ -21,6 +21,7 @@ GTEST_TOTAL = re.compile(r"^\[=+\] (\d+) tests? from \d+ test suites? ran\.", re
 GTEST_PASSED = re.compile(r"^\[  PASSED  \] (\d+) tests?\.", re.MULTILINE)
 GTEST_SKIPPED = re.compile(r"^\[  SKIPPED \] (\d+) tests?, listed below:", re.MULTILINE)
 GTEST_FAILED = re.compile(r"^\[  FAILED  \] (\d+) tests?, listed below:", re.MULTILINE)
+GTEST_ASSERTION = re.compile(r": Failure$|^unknown file: ")
 UNITTEST_TOTAL = re.compile(r"^Ran (\d+) tests? in ", re.MULTILINE)
 UNITTEST_END = re.compile(r"^(OK|FAILED)(?: \(([^)]*)\))?$", re.MULTILINE)
 UNITTEST_CASE = re.compile(
@@ -56,13 +57,19 @@ def last(lines):
     return lines[-MOST_LINES:]
 
 
+def from_first_failure(lines):
+    """What a program logged before is long."""
+    first = next((i for i, line in enumerate(lines) if GTEST_ASSERTION.search(line)), 0)
+    return lines[first:]
+
+
 def gtest_failures(text, took):
     found, running, said = [], None, []
     for line in text.splitlines():
         if line.startswith("[ RUN      ] "):
             running, said = line.split("] ", 1)[1], []
         elif running and line.startswith(f"[  FAILED  ] {running}"):
-            found.append(Failure(running, said))
+            found.append(Failure(running, from_first_failure(said)))
             running = None
         elif line.startswith(("[       OK ] ", "[  SKIPPED ] ")):
             running = None

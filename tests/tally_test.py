@@ -18,6 +18,7 @@ GTEST = "[==========] 7 tests from 2 test suites ran. (5 ms total)\n[  PASSED  ]
 GTEST_CASES = """[ RUN      ] Pool.Lends
 [       OK ] Pool.Lends (1 ms)
 [ RUN      ] Pool.Frees/3
+2026-11-27 info what the program logs
 tests/pool_test.cc:7: Failure
 Expected equality of these values: 1 & 2
 [  FAILED  ] Pool.Frees/3, where GetParam() = 3 (0 ms)
