@@ -152,12 +152,9 @@ void AttachSocket::StopReceiving() { eventfd_write(stop_.get(), 1); }
 void AttachSocket::Finish(const Deadline& deadline) {
   shutdown(fd_.get(), SHUT_WR);
   while (!deadline.passed()) {
-    pollfd wait = {.fd = fd_.get(), .events = POLLIN, .revents = 0};
-    const int64_t milliseconds = absl::ToInt64Milliseconds(deadline.remaining()) + 1;
-    const int ready = poll(&wait, 1, static_cast<int>(milliseconds));
-    if (ready < 0 && errno == EINTR) continue;
     // Descriptors that still come are closed by the packet they came with.
-    if (ready <= 0 || absl::IsUnavailable(ReceiveNow().status())) return;
+    const absl::Status received = Receive(deadline).status();
+    if (!received.ok() && !absl::IsInternal(received)) return;
   }
 }
 

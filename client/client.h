@@ -55,8 +55,8 @@ struct ClientOptions {
   // for the ring.
   double audit_rate = 0;
   // Served steps by gRPC alone. Otherwise each served batch has a connection of its own beside it,
-  // for its calls that fit a packet of 128 KiB (proto/clusterkv/v1/fetch.proto): they cost a
-  // fraction of gRPC's time.
+  // for its calls that fit a packet of 128 KiB (proto/clusterkv/v1/fetch.proto): they take
+  // less time there.
   bool served_by_grpc = false;
 };
 

@@ -58,7 +58,8 @@ class AttachServer {
   // A grant's socket at `path`, mode 0666. The caller sees to it that the path is its own.
   // Thread-safe. Errors: ALREADY_EXISTS (the grant listens), what errno says, naming the path.
   virtual absl::Status Listen(GrantId grant, const std::string& path) = 0;
-  // Removes it. Its connections end with their sessions. Does nothing if there is none.
+  // Removes it. Its connections end with their sessions; those for fetches may stay, where no
+  // session can be reached any more. Does nothing if there is none.
   virtual void StopListening(GrantId grant) = 0;
 };
 

@@ -169,7 +169,8 @@ void ServiceCore::DoIngest(Session& session, const IngestRequest& request,
   work->trace = trace;
   work->trace.End("core_queue_ms");
   sequence.pieces.Commit(*std::move(admission), request.layer_begin,
-                         std::max(request.position, sequence.method.sink_tokens), end, work->spans);
+                         std::max(request.position, sequence.method.sink_tokens), end,
+                         &work->spans);
   for (uint32_t i = 0; i < request.layer_count; ++i) {
     LayerProgress& layer = sequence.layers[request.layer_begin + i];
     layer.accepted = end;

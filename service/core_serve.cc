@@ -117,9 +117,7 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request, const Operatio
     sequence.step.in_flight = true;
     if (item.repeated) continue;
     const uint32_t position = work->request.items[i].position;
-    if (std::vector<std::vector<RowSpan>> none; !admissions[i].added.empty()) {
-      sequence.pieces.Commit(std::move(admissions[i]), layer, position, position, none);
-    }
+    sequence.pieces.Commit(std::move(admissions[i]), layer, position, position + 1, nullptr);
     if (position >= sequence.method.sink_tokens) {
       item.staged.reserve(sequence.request.shape.kv_heads);
       sequence.pieces.AppendPlaces(layer, position, item.staged);

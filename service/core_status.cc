@@ -125,8 +125,10 @@ void ServiceCore::TakeSamples(std::vector<Sequence*> sequences) {
 // A worker can write all of it: a value that falls or leaps is ignored.
 void ServiceCore::FoldSample(Sequence& sequence, const Sample& sample) {
   // What a served sequence counts has come with each step's report.
-  for (size_t layer = 0; !sequence.served() && layer < sample.counters.size(); ++layer) {
-    FoldCounters(sequence, layer, sample.counters[layer]);
+  if (!sequence.served()) {
+    for (size_t layer = 0; layer < sample.counters.size(); ++layer) {
+      FoldCounters(sequence, layer, sample.counters[layer]);
+    }
   }
   if (sample.steps >= sequence.steps) {
     AddBounded(CountersOf(sequence).decode_steps, sample.steps - sequence.steps);

@@ -181,12 +181,12 @@ void PieceTable::AppendPlaces(uint32_t layer, uint32_t position,
 }
 
 void PieceTable::Commit(Admission admission, uint32_t layer_begin, uint32_t begin, uint32_t end,
-                        std::vector<std::vector<RowSpan>>& spans) {
+                        std::vector<std::vector<RowSpan>>* spans) {
   for (size_t i = 0; i < admission.added.size(); ++i) {
     Layer& layer = layers_[layer_begin + i];
     for (Piece& piece : admission.added[i]) layer.pieces.push_back(std::move(piece));
-    for (uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      AppendSpans(layer.pieces, head, begin, end, spans.emplace_back());
+    for (uint32_t head = 0; spans != nullptr && head < shape_.kv_heads; ++head) {
+      AppendSpans(layer.pieces, head, begin, end, spans->emplace_back());
     }
     if (!admission.decode_begin) continue;
     layer.decode_begin = admission.decode_begin;

@@ -74,10 +74,10 @@ class PieceTable {
                                  bool prompt_end);
   // Gives back what Plan took.
   void Discard(const Admission& admission);
-  // `spans` gets the places of positions [begin, end) of every (layer, head) of the range, before
-  // the moves of a prompt's end.
+  // `spans`, unless null, gets the places of positions [begin, end) of every (layer, head) of the
+  // range, before the moves of a prompt's end.
   void Commit(Admission admission, uint32_t layer_begin, uint32_t begin, uint32_t end,
-              std::vector<std::vector<RowSpan>>& spans);
+              std::vector<std::vector<RowSpan>>* spans);
   // Appends where K and V of one token lie, for each head. REQUIRES: it is no sink, and covered.
   void AppendPlaces(uint32_t layer, uint32_t position, std::vector<std::byte*>& places) const;
   // The moves are done: frees what they left behind.

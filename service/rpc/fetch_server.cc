@@ -46,11 +46,11 @@ struct Connection {
 // One call, from its packet to its answer.
 class Call {
  public:
-  Call(std::shared_ptr<Connection> connection, RpcCounters& counters, uint64_t boot_epoch,
-       std::string request_id)
+  Call(std::shared_ptr<Connection> connection, RpcCounters& counters, size_t method,
+       uint64_t boot_epoch, std::string request_id)
       : connection_(std::move(connection)),
         counters_(counters),
-        method_(counters.IndexOf(kMethod)),
+        method_(method),
         boot_epoch_(boot_epoch),
         request_id_(std::move(request_id)) {
     counters_.Started(method_);
@@ -103,6 +103,7 @@ class FetchServerImpl : public FetchServer {
       : options_(options),
         core_(core),
         calls_(calls),
+        method_(calls.IndexOf(kMethod)),
         epoll_(std::move(epoll)),
         buffer_(kMaxPacketBytes) {
     Watch(mailbox_.fd(), kMailbox);
@@ -202,8 +203,8 @@ class FetchServerImpl : public FetchServer {
   }
 
   void Start(const std::shared_ptr<Connection>& connection, const v1::FetchCall& message) {
-    const auto call =
-        std::make_shared<Call>(connection, calls_, core_.boot_epoch(), message.request_id());
+    const auto call = std::make_shared<Call>(connection, calls_, method_, core_.boot_epoch(),
+                                             message.request_id());
     if (const absl::Status bad = CheckRequestId(message.request_id()); !bad.ok()) {
       return call->End(bad);
     }
@@ -221,6 +222,7 @@ class FetchServerImpl : public FetchServer {
   const FetchServerOptions options_;
   ServiceCore& core_;
   RpcCounters& calls_;
+  const size_t method_;
   const gpu::UniqueFd epoll_;
   Mailbox mailbox_;
   std::mutex mu_;

@@ -188,7 +188,7 @@ def test_descriptors_are_refused(daemon, worker, connection, decoding):
 
 def test_calls_that_do_not_wait_for_answers_harm_their_connection_alone(daemon, worker, connection,
                                                                         decoding):
-    """Some are answered, in order, until the daemon has read one that came too early."""
+    """Some are answered, until the daemon has read one that came too early."""
     kv, sequence = decoding
     with FetchSocket(daemon) as other:
         answers = 0
@@ -239,8 +239,8 @@ def test_an_answer_beyond_a_packet_is_refused_and_to_be_had_by_the_rpc(daemon, w
         check_output(result, kv, 0, 60)
 
 
-def test_a_connection_outlives_no_session_of_others(worker, connection, decoding, daemon):
-    """It belongs to no session: calls of one that has ended are refused, those of others go on."""
+def test_a_connection_belongs_to_no_session(worker, connection, decoding, daemon):
+    """Calls of one that has ended are refused, those of others go on."""
     kv, sequence = decoding
     gone = Worker(daemon.address)
     ref = gone.ref

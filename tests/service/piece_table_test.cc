@@ -76,7 +76,7 @@ class Ingest {
               .moves = admission->moves,
               .spans = {}};
     table_.Commit(*std::move(admission), layer, std::max(begin, scenario_.method.sink_tokens), end,
-                  work.spans);
+                  &work.spans);
     if (!prompt_end) ExpectSamePlaces(work);
     queue_.push_back(std::move(work));
     return absl::OkStatus();
