@@ -103,6 +103,7 @@ std::vector<double> DecodeChecker::Scores(size_t i, uint32_t layer, uint32_t kv_
                                                   : 0.0);
   for (const std::vector<double>& query : queries) {
     std::vector<double> own;
+    own.reserve(clusters.size());
     for (const ModelCluster& cluster : clusters)
       own.push_back(Dot(query, cluster.centroid) * scale);
     double sum = 0.0;
@@ -320,6 +321,7 @@ void DecodeChecker::CheckOutput(size_t i, uint32_t layer, uint32_t kv_head,
   for (uint32_t p = 0; p < std::min(sequence.length, sequence.method().sink_tokens); ++p) add(p);
   for (uint32_t p = models_[i].cut; p < sequence.length; ++p) add(p);
   std::vector<size_t> left;
+  left.reserve(clusters.size());
   for (const ModelCluster& cluster : clusters) left.push_back(cluster.positions.size());
   for (size_t s = 0; s < selection.cluster.size(); ++s) {
     const auto& members = clusters[selection.cluster[s]].positions;
