@@ -20,8 +20,9 @@ CLUSTERKV_HOST_DEVICE inline float NextMeanScore(float mean, float score) {
   return std::isfinite(next) ? next : 0.0f;
 }
 
-// Dividing by the tokens would favour hits, not dividing the bytes that misses read; the root has
-// most of both. Scores are shares of attention under kSoftmax, else logits: of those the logarithm.
+// Dividing by the tokens favours hits, not dividing favours fewer bytes read; the root has most of
+// both. Scores are shares of attention under kSoftmax, else logits: there a logarithm is
+// subtracted.
 CLUSTERKV_HOST_DEVICE inline float ClusterWorth(GroupRule rule, float mean_score, uint32_t tokens) {
   const auto size = static_cast<float>(tokens);
   return rule == GroupRule::kSoftmax ? mean_score / std::sqrt(size)
