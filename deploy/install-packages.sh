@@ -13,9 +13,9 @@ packages=(
   g++ cmake ninja-build pkgconf ccache
   # Protocol.
   libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc libabsl-dev
-  # Device layer, configuration, logs, metrics, health.
+  # Device layer, configuration, logs, metrics, health, memory policy.
   libhwy-dev libyaml-cpp-dev libfmt-dev libspdlog-dev nlohmann-json3-dev libcli11-dev
-  prometheus-cpp-dev libcpp-httplib-dev
+  prometheus-cpp-dev libcpp-httplib-dev libnuma-dev
   # The presets configure the tests too.
   libgtest-dev libgmock-dev
 )

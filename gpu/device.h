@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -64,6 +65,8 @@ class Device {
   virtual const std::string& description() const = 0;  // for people
   // What DeviceOptions::device calls it; empty where there is only one.
   virtual const std::string& uuid() const = 0;
+  // The NUMA node that it is next to; nullopt: none, or unknown.
+  virtual std::optional<int> numa_node() const = 0;
   virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) = 0;
   // A stream over one of the caller's: for `cuda` a cudaStream_t, which must outlive it.
   // Errors: INVALID_ARGUMENT for a backend that has no such thing.

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "gpu/device.h"
+#include "gpu/numa_nodes.h"
 #include "gpu/status_macros.h"
 #include "service/admin_server.h"
 #include "service/attach_server.h"
@@ -26,6 +27,8 @@
 #include "service/device_plugin/device_plugin.h"
 #include "service/host_pool.h"
 #include "service/logging.h"
+#include "service/numa_policy.h"
+#include "service/rpc/fetch_server.h"
 #include "service/rpc/grant_servers.h"
 #include "service/rpc/grpc_server.h"
 #include "service/rpc/rpc_counters.h"
@@ -148,15 +151,28 @@ absl::StatusOr<std::vector<SequenceStatus>> Sequences(ServiceCore& core) {
   return absl::UnavailableError("the daemon's queue of requests is long; try again");
 }
 
+std::optional<int> PoolNode(const Config& config, const gpu::Device& device) {
+  const std::optional<int> node = HostPoolNode(config, device.numa_node(), gpu::MemoryNodes());
+  if (config.host_numa != NumaPlacement::kAuto || !node || !HasMemoryPolicy()) return node;
+  LogInfo("the memory policy of this process is kept; a number as host-numa-node overrides it",
+          {{"next_to_the_device", *node}});
+  return std::nullopt;
+}
+
 absl::Status Serve(const Config& config, const Signals& signals) {
-  CKV_ASSIGN_OR_RETURN(auto device, gpu::CreateDevice({.backend = config.backend,
-                                                       .device = config.device,
-                                                       .threads = config.threads}));
+  CKV_ASSIGN_OR_RETURN(
+      auto device,
+      gpu::CreateDevice({.backend = config.backend,
+                         .device = config.devices.empty() ? "" : config.devices.front(),
+                         .threads = config.threads}));
   LogInfo("device", {{"backend", device->backend()}, {"description", device->description()}});
   CKV_ASSIGN_OR_RETURN(auto pool, HostPool::Create({.directory = config.host_memory_dir,
                                                     .total_bytes = config.host_memory_bytes,
                                                     .chunk_bytes = config.host_chunk_bytes,
+                                                    .new_files = config.has_many_parties(),
+                                                    .numa_node = PoolNode(config, *device),
                                                     .device = device.get()}));
+  RpcCounters calls;  // of all servers
   CKV_ASSIGN_OR_RETURN(
       auto core, ServiceCore::Create({.version = kVersion,
                                       .boot_epoch = NewBootEpoch(),
@@ -170,11 +186,12 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .audit_share = config.audit_share,
                                       .slow_operation = config.slow_operation},
                                      std::move(device), std::move(pool)));
-  RpcCounters calls;  // of all gRPC servers
   CKV_ASSIGN_OR_RETURN(auto grpc, GrpcServer::Create({.listen = config.listen,
                                                       .attach_path = config.attach_socket_path()},
                                                      *core, calls));
-  CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core));
+  CKV_ASSIGN_OR_RETURN(auto fetches,
+                       FetchServer::Create({.poll = config.poll_duration()}, *core, calls));
+  CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core, *fetches));
   CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach, calls));
   const auto status = [&] {
     DaemonStatus taken = core->status();
@@ -213,6 +230,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   grpc->Shutdown(absl::Seconds(2));
   core->Stop();
   attach.reset();
+  fetches.reset();
   admin.reset();  // before the plugin, which it asks
   plugin.reset();
   LogInfo("stopped");

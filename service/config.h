@@ -16,6 +16,9 @@
 
 namespace clusterkv::service {
 
+// Of the host pool: next to the device, wherever the kernel puts it, or a node by its number.
+enum class NumaPlacement { kAuto, kOff, kNode };
+
 struct Config {
   std::string listen = "unix:/run/clusterkv/clusterkvd.sock";
   std::string attach_path;  // empty: the UNIX socket's path with .attach
@@ -25,10 +28,12 @@ struct Config {
   uint64_t requested_host_memory_bytes = 0;  // before that rounding
   std::string host_memory_dir = "/dev/shm/clusterkv";
   uint64_t host_chunk_bytes = 0;  // 0: chosen from host_memory
+  NumaPlacement host_numa = NumaPlacement::kAuto;
+  int host_numa_node = 0;  // with kNode
   std::string backend = "auto";
-  std::string device;
-  uint64_t gpu_memory_bytes = 0;                 // 0: no bound
-  int threads = 0;                               // 0: all cores
+  std::vector<std::string> devices;  // of cuda: indexes or UUIDs, at most one; empty: the first
+  uint64_t gpu_memory_bytes = 0;     // 0: no bound
+  int threads = 0;                   // 0: all cores
   std::optional<std::set<uint32_t>> allow_uids;  // nullopt: any
   std::optional<std::set<uint32_t>> allow_gids;
   bool device_plugin = false;
@@ -49,6 +54,8 @@ struct Config {
   std::string early_output;  // of --help and --version: print it and exit
 
   std::string attach_socket_path() const;
+  // Whether workers may come that do not belong to one user: with grants, or by the allow-lists.
+  bool has_many_parties() const;
   absl::Duration poll_duration() const;  // auto: where there are cores to spare
   bool admin_is_remote() const;          // admin_listen is not loopback
   // Of host_memory, offered to the kubelet: whole GiB, 0 without the device plugin.

@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "gpu/numa_nodes.h"
 #include "gpu/status_macros.h"
 #include "service/size_text.h"
 
@@ -14,6 +17,7 @@ namespace clusterkv::service {
 namespace {
 
 constexpr size_t kFarthestTypingError = 3;  // in edits
+constexpr absl::Duration kLongestPoll = absl::Milliseconds(10);
 
 ConfigKey TextKey(std::string name, std::string type, std::string help,
                   std::string Config::*field) {
@@ -143,6 +147,63 @@ std::vector<ConfigKey> AddressKeys() {
   };
 }
 
+ConfigKey NumaKey() {
+  return {
+      "host-numa-node", "auto|off|number",
+      "NUMA node that host-memory is taken from while it has room; auto: the one next to the GPU",
+      [](Config& config, const std::string& text) -> absl::Status {
+        if (text == "auto" || text == "off") {
+          config.host_numa = text == "auto" ? NumaPlacement::kAuto : NumaPlacement::kOff;
+          return absl::OkStatus();
+        }
+        const std::set<int> nodes = gpu::MemoryNodes();
+        if (!absl::SimpleAtoi(text, &config.host_numa_node) ||
+            !nodes.contains(config.host_numa_node)) {
+          return absl::InvalidArgumentError(
+              fmt::format("'{}' is not auto, off or a node with memory, which are: {}", text,
+                          nodes.empty() ? "none" : absl::StrJoin(nodes, ", ")));
+        }
+        config.host_numa = NumaPlacement::kNode;
+        return absl::OkStatus();
+      },
+      [](const Config& config) -> std::string {
+        switch (config.host_numa) {
+          case NumaPlacement::kAuto:
+            return "auto";
+          case NumaPlacement::kOff:
+            return "off";
+          case NumaPlacement::kNode:
+            break;
+        }
+        return std::to_string(config.host_numa_node);
+      }};
+}
+
+ConfigKey DevicesKey() {
+  return {"devices", "index|UUID,...", "the GPU of backend cuda, one for now; empty: the first",
+          [](Config& config, const std::string& text) -> absl::Status {
+            config.devices.clear();
+            if (text.empty()) return absl::OkStatus();
+            std::vector<std::string> devices = absl::StrSplit(text, ',');
+            for (std::string& device : devices) {
+              absl::StripAsciiWhitespace(&device);
+              if (device.empty()) {
+                return absl::InvalidArgumentError(
+                    fmt::format("'{}' has an empty entry; write 0 or GPU-...", text));
+              }
+            }
+            if (devices.size() > 1) {
+              return absl::InvalidArgumentError(
+                  fmt::format("'{}' names {} GPUs, and a daemon serves one for now: start one for "
+                              "each, with listen, admin-listen and host-memory-dir of its own",
+                              text, devices.size()));
+            }
+            config.devices = std::move(devices);
+            return absl::OkStatus();
+          },
+          [](const Config& config) { return absl::StrJoin(config.devices, ","); }};
+}
+
 std::vector<ConfigKey> MemoryKeys() {
   static const std::vector<std::string> backends{"auto", "host", "cuda"};
   return {
@@ -155,6 +216,7 @@ std::vector<ConfigKey> MemoryKeys() {
               "piece of it that is lent whole to one session; auto: the power of two at or below "
               "host-memory / 32, 16mb to 1gb",
               &Config::host_chunk_bytes, "auto"),
+      NumaKey(),
       ChoiceKey(
           "backend", backends, "where device work runs; auto: cuda if it is there",
           [](Config& config, size_t i) { config.backend = backends[i]; },
@@ -163,13 +225,12 @@ std::vector<ConfigKey> MemoryKeys() {
                                        backends.begin());
           }),
       SizeKey("gpu-memory", "bound on device memory; 0: none", &Config::gpu_memory_bytes, "0"),
-      TextKey("device", "index|UUID", "the GPU of backend cuda; empty: the first", &Config::device),
+      DevicesKey(),
       CountKey<int>("threads", "of the host backend; 0: all cores", &Config::threads, 0, 1024),
   };
 }
 
 ConfigKey PollKey() {
-  constexpr absl::Duration kLongest = absl::Milliseconds(10);
   return {"poll-time", "duration|auto",
           "how long the threads that answer calls look for the next one before they sleep, at most "
           "10ms: takes up to two cores while calls come, and tens of microseconds off each; auto: "
@@ -178,7 +239,7 @@ ConfigKey PollKey() {
             config.poll_time.reset();
             if (text == "auto") return absl::OkStatus();
             CKV_ASSIGN_OR_RETURN(const absl::Duration time, ParseDuration(text));
-            if (time > kLongest) {
+            if (time > kLongestPoll) {
               return absl::InvalidArgumentError(fmt::format("'{}' is more than 10ms", text));
             }
             config.poll_time = time;

@@ -1,5 +1,6 @@
 # The service without gRPC: sessions, sequences, memory, ingest, clustering, served fetch.
 add_library(clusterkv_service STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/audit_slot.cc
   ${CMAKE_CURRENT_LIST_DIR}/cluster_scheduler.cc
   ${CMAKE_CURRENT_LIST_DIR}/core.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_audit.cc
@@ -13,6 +14,7 @@ add_library(clusterkv_service STATIC
   ${CMAKE_CURRENT_LIST_DIR}/extent_allocator.cc
   ${CMAKE_CURRENT_LIST_DIR}/host_account.cc
   ${CMAKE_CURRENT_LIST_DIR}/host_pool.cc
+  ${CMAKE_CURRENT_LIST_DIR}/numa_policy.cc
   ${CMAKE_CURRENT_LIST_DIR}/piece_table.cc
   ${CMAKE_CURRENT_LIST_DIR}/recall_audit.cc
   ${CMAKE_CURRENT_LIST_DIR}/ring_ranges.cc
@@ -23,4 +25,4 @@ add_library(clusterkv_service STATIC
 add_library(clusterkv::service ALIAS clusterkv_service)
 target_include_directories(clusterkv_service PUBLIC ${PROJECT_SOURCE_DIR})
 target_link_libraries(clusterkv_service PUBLIC clusterkv::gpu clusterkv_admin fmt::fmt
-                      PRIVATE clusterkv_warnings)
+                      PRIVATE clusterkv_warnings PkgConfig::NUMA)

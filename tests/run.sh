@@ -20,6 +20,7 @@ passed=0
 failed=0
 skipped=0
 failures=()
+details=()  # what failed cases and checks said, a line each
 
 note() { printf '\n==> %s\n' "$*" >&2; }
 
@@ -32,20 +33,29 @@ finish() {
   note "summary"
   local failure
   for failure in ${failures[@]+"${failures[@]}"}; do echo "failed: $failure" >&2; done
+  ((${#details[@]} == 0)) || printf '%s\n' "" "${details[@]}" "" >&2
   echo "$passed passed, $failed failed, $skipped skipped"
   ((failed == 0))
   exit
 }
 
-# One command, one check.
+# Of what a step said, for the summary.
+keep() {  # NAME TEXT
+  local lines
+  mapfile -t lines <<<"$2"
+  details+=("$1:" "${lines[@]/#/  }")
+}
+
+# One command, one check. The end of what it says is kept if it fails.
 check() {  # NAME COMMAND...
-  local name=$1 start=$SECONDS
+  local name=$1 start=$SECONDS log=$logs/check.log
   shift
   note "$name"
-  if "$@"; then
+  if "$@" 2>&1 | tee "$log" >&2; then
     count "$name" 1 0 0
   else
     count "$name" 0 1 0
+    keep "$name" "$(tail -n 12 "$log" | cut -c -200)"
     echo "FAILED: $name" >&2
     return 1
   fi
@@ -54,14 +64,19 @@ check() {  # NAME COMMAND...
 
 # A runner that wrote its cases to a JUnit file.
 count_cases() {  # NAME JUNIT_FILE EXIT_CODE
-  local name=$1 file=$2 code=$3 p=0 f=0 s=0
-  if [[ ! -s $file ]] || ! read -r p f s < <(python3 tests/tally.py "$file"); then
+  local name=$1 file=$2 code=$3 p=0 f=0 s=0 tally
+  if [[ ! -s $file ]] || ! tally=$(python3 tests/tally.py "$file"); then
     echo "FAILED: $name left no results" >&2
     count "$name" 0 1 0
     return
   fi
-  # It failed, and no case says so.
-  if ((code != 0 && f == 0)); then f=1; fi
+  read -r p f s <<<"$tally"
+  if ((f > 0)); then
+    keep "$name" "${tally#*$'\n'}"
+  elif ((code != 0)); then
+    f=1
+    keep "$name" "it ended with $code, and no case says that it failed"
+  fi
   count "$name" "$p" "$f" "$s"
   echo "$name: $p passed, $f failed, $s skipped" >&2
 }
@@ -114,7 +129,7 @@ run_pytest() {  # NAME PROGRAMS PATH...
   note "$name"
   rm -f "$file"
   CLUSTERKV_BIN=$bin PYTHONDONTWRITEBYTECODE=1 "${exact_addresses[@]}" "$python" -m pytest -q \
-    -p no:cacheprovider --junitxml="$file" ${slow[@]+"${slow[@]}"} "$@" >&2
+    -p no:cacheprovider -o junit_family=xunit1 --junitxml="$file" ${slow[@]+"${slow[@]}"} "$@" >&2
   count_cases "$name" "$file" $?
 }
 

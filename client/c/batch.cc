@@ -21,10 +21,11 @@ absl::StatusOr<BatchOptions> ReadBatchOptions(const clusterkv_batch_options* opt
   CKV_ASSIGN_OR_RETURN(const clusterkv_batch_options given,
                        ReadStruct(options != nullptr ? options : &defaults, defaults));
   CKV_RETURN_IF_ERROR(CheckSwitch("want_selection", given.want_selection));
-  CKV_RETURN_IF_ERROR(CheckReserved(given.reserved));
+  CKV_RETURN_IF_ERROR(CheckSwitch("captured", given.captured));
   BatchOptions read;
   read.want_selection = given.want_selection == 1;
   read.stream = given.cuda_stream;
+  read.captured = given.captured == 1;
   return read;
 }
 
@@ -85,6 +86,20 @@ clusterkv_status clusterkv_batch_create(clusterkv_client* client,
                                         const clusterkv_batch_options* options,
                                         clusterkv_batch** batch) {
   return Guarded([&] { return Create(client, sequences, count, options, batch); });
+}
+
+clusterkv_status clusterkv_batch_prepare(clusterkv_batch* batch, uint32_t budget_tokens) {
+  return Guarded([&] {
+    CKV_RETURN_IF_ERROR(CheckNotNull(batch, "batch"));
+    return batch->batch->Prepare(budget_tokens);
+  });
+}
+
+clusterkv_status clusterkv_batch_complete(clusterkv_batch* batch) {
+  return Guarded([&] {
+    CKV_RETURN_IF_ERROR(CheckNotNull(batch, "batch"));
+    return batch->batch->Complete();
+  });
 }
 
 clusterkv_status clusterkv_batch_begin(clusterkv_batch* batch, uint32_t budget_tokens) {

@@ -168,8 +168,9 @@ typedef struct clusterkv_client_options {
   uint32_t device_threads;     // of the host backend's direct fetch, at most 1024; 0 = all cores
   uint32_t reserved;           // 0
   // Share of the direct steps, 0 to 1, that the daemon compares with exact attention, for its
-  // metrics of recall and missed attention. Such a step waits once more for its stream. Captured
-  // batches take no part.
+  // metrics of recall and missed attention. No step waits for that: samples pass through a ring in
+  // device memory, some MiB for all batches, and what does not fit is dropped. Captured batches
+  // take no part, nor does one that is made when the daemon has no memory for the ring.
   double audit_rate;
 } clusterkv_client_options;
 
@@ -344,7 +345,9 @@ typedef struct clusterkv_batch_options {
   // a stream of the batch's own, which the caller's work must then wait for.
   void* cuda_stream;
   uint32_t want_selection;  // 1: clusterkv_batch_selection works; 0, 1
-  uint32_t reserved;        // 0
+  // 1: steps are captured in a CUDA graph of the caller's, see clusterkv_batch_prepare; 0, 1.
+  // Direct only, and with a cuda_stream.
+  uint32_t captured;
 } clusterkv_batch_options;
 
 #define CLUSTERKV_BATCH_OPTIONS_INIT \
@@ -375,6 +378,30 @@ CLUSTERKV_API clusterkv_status clusterkv_batch_create(clusterkv_client* client,
                                                       size_t count,
                                                       const clusterkv_batch_options* options,
                                                       clusterkv_batch** batch);
+// Of a captured batch: what a step needs of the host, before its replay. The whole way is
+//
+//   check(clusterkv_batch_prepare(batch, 0));     // before every step
+//   if (exec == NULL) {                           // the first step: captured
+//     cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+//     check(clusterkv_batch_begin(batch, 0));
+//     ...                                         // append and attend of every layer
+//     check(clusterkv_batch_end(batch));
+//     cudaStreamEndCapture(stream, &graph);
+//     cudaGraphInstantiate(&exec, graph, 0);
+//   }
+//   cudaGraphLaunch(exec, stream);
+//   check(clusterkv_batch_complete(batch));       // after every step
+//
+// Begin to end then only enqueue, on cuda_stream, and the pointers that append and attend were
+// given are those of every replay. Sequences may be published to and released; a batch of other
+// sequences is captured anew. Errors: as clusterkv_batch_begin; FAILED_PRECONDITION (the batch was
+// made without captured, or budget_tokens differs from the captured step's).
+CLUSTERKV_API clusterkv_status clusterkv_batch_prepare(clusterkv_batch* batch,
+                                                       uint32_t budget_tokens);
+// Waits for the replay; as clusterkv_batch_end of a step that is not captured. Errors:
+// FAILED_PRECONDITION (the batch was made without captured, no step has been captured, or none is
+// prepared).
+CLUSTERKV_API clusterkv_status clusterkv_batch_complete(clusterkv_batch* batch);
 // Opens a step. budget_tokens: clustered tokens attended per KV head, beside sinks and window; 0 =
 // the sequences' own, never above it. Errors: RESOURCE_EXHAUSTED (a window is full until the daemon
 // has caught up; nothing was written, call again later), OUT_OF_RANGE (max_tokens),

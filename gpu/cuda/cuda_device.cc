@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <utility>
 
 #include "absl/strings/numbers.h"
@@ -10,6 +11,7 @@
 #include "gpu/cuda/cuda_error.h"
 #include "gpu/cuda/cuda_memory.h"
 #include "gpu/cuda/cuda_stream.h"
+#include "gpu/numa_nodes.h"
 #include "gpu/status_macros.h"
 
 namespace clusterkv::gpu::cuda {
@@ -82,6 +84,10 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& de
         absl::StrCat("CUDA: ", properties.name, " has compute capability ", properties.major, ".",
                      properties.minor, "; needed: ", kLeastMajor, ".0 or later"));
   }
+  std::array<char, 32> address{};  // "0000:1B:00.0"
+  CKV_RETURN_IF_CUDA_ERROR(
+      cudaDeviceGetPCIBusId(address.data(), static_cast<int>(address.size()), ordinal),
+      "reading its address");
   CKV_ASSIGN_OR_RETURN(const CudaDriver driver, CudaDriver::Load());
   const ScopedDevice current(ordinal);
   CKV_RETURN_IF_CUDA_ERROR(cudaFree(nullptr), "making a context");
@@ -90,7 +96,7 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& de
       ordinal, pool,
       absl::StrCat(properties.name, ", ", UuidOf(properties), ", ", properties.totalGlobalMem >> 20,
                    " MiB, ", properties.multiProcessorCount, " multiprocessors"),
-      UuidOf(properties), driver));
+      UuidOf(properties), NodeOfPciDevice(address.data()), driver));
 }
 
 absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::CreateStream(const std::string& name) {

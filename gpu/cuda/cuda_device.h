@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -26,6 +27,7 @@ class CudaDevice final : public Device {
   const std::string& backend() const override { return backend_; }
   const std::string& description() const override { return description_; }
   const std::string& uuid() const override { return uuid_; }
+  std::optional<int> numa_node() const override { return numa_node_; }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) override;
   absl::StatusOr<std::unique_ptr<Stream>> WrapStream(void* native) override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(size_t bytes) override;
@@ -40,10 +42,11 @@ class CudaDevice final : public Device {
 
  private:
   CudaDevice(int ordinal, cudaMemPool_t pool, std::string description, std::string uuid,
-             const CudaDriver& driver)
+             std::optional<int> numa_node, const CudaDriver& driver)
       : ordinal_(ordinal),
         description_(std::move(description)),
         uuid_(std::move(uuid)),
+        numa_node_(numa_node),
         driver_(driver),
         pool_(pool) {}
 
@@ -51,6 +54,7 @@ class CudaDevice final : public Device {
   const int ordinal_;
   const std::string description_;
   const std::string uuid_;
+  const std::optional<int> numa_node_;
   const CudaDriver driver_;
   struct PoolDeleter {
     void operator()(cudaMemPool_t pool) const;

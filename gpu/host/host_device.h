@@ -21,6 +21,7 @@ class HostDevice final : public Device {
   const std::string& backend() const override { return backend_; }
   const std::string& description() const override { return description_; }
   const std::string& uuid() const override { return uuid_; }
+  std::optional<int> numa_node() const override { return std::nullopt; }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream(const std::string& name) override;
   absl::StatusOr<std::unique_ptr<Stream>> WrapStream(void* native) override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(size_t bytes) override;

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -425,6 +426,20 @@ def test_a_flag_goes_before_the_environment_before_the_file(start_daemon, folder
     assert daemon.status()["host_bytes"]["total"] == 48 << 20
 
 
+def test_memory_is_taken_from_the_numa_node_that_is_asked_for(start_daemon):
+    with open("/sys/devices/system/node/has_memory", encoding="ascii") as file:
+        node = int(re.split("[-,]", file.read())[0])
+    daemon = start_daemon({"host-numa-node": str(node)})
+    told = {record["msg"]: record for record in daemon.records()}
+    forbidden = told.get("cannot choose the NUMA node of host memory")  # by a container's seccomp profile
+    if forbidden:
+        assert "Operation not permitted" in forbidden["why"]
+    else:
+        record = told["host memory is taken from one NUMA node"]
+        assert record["node"] == node and record["chunks_there"] <= record["of"]
+    assert daemon.status()["ready"]
+
+
 ERRORS = {
     "unknown-flag": (["--host-memroy=1gb"], {}, None, ["--host-memroy", "host-memory"]),
     "unknown-variable": ([], {"CLUSTERKV_HOSTMEMORY": "1gb"}, None,
@@ -437,6 +452,8 @@ ERRORS = {
     "size-in-file": ([], {}, "host-memory: [1, 2]\n", ["host-memory", "one value"]),
     "bad-yaml": ([], {}, "a: b: c\n", ["c.yaml"]),
     "bad-choice": (["--backend=tpu"], {}, None, ["--backend", "auto|host|cuda"]),
+    "two-gpus": (["--devices=0,1"], {}, None, ["--devices", "one for now"]),
+    "no-such-node": (["--host-numa-node=1023"], {}, None, ["--host-numa-node", "node with memory"]),
     "bad-number": (["--max-sessions=0"], {}, None, ["--max-sessions", "from 1 to"]),
     "bad-duration": (["--drain-timeout=soon"], {}, None, ["--drain-timeout", "soon"]),
     "bad-ids": (["--allow-uids=root"], {}, None, ["--allow-uids", "root"]),

@@ -17,7 +17,7 @@ Check CheckGpu(const GpuFacts& gpu, bool mps_running) {
   if (capability < kLeastCapability) {
     check.found =
         fmt::format("has compute capability {}.{}", gpu.capability_major, gpu.capability_minor);
-    check.advice = "the cuda backend needs 8.0 (Ampere) or later: choose another with --device";
+    check.advice = "the cuda backend needs 8.0 (Ampere) or later: choose another with --devices";
   } else if (gpu.compute_mode == ComputeMode::kProhibited) {
     check.found = "has compute mode Prohibited";
     check.advice = "nvidia-smi -c DEFAULT";

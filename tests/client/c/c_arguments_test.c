@@ -75,6 +75,8 @@ static void null_handles_are_refused(void) {
   CHECK_STATUS(invalid, clusterkv_sequence_get_counters(NULL, 0, &counters));
   CHECK_STATUS(invalid, clusterkv_sequence_release(NULL));
   CHECK_STATUS(invalid, clusterkv_batch_create(NULL, &sequence, 1, NULL, &batch));
+  CHECK_STATUS(invalid, clusterkv_batch_prepare(NULL, 0));
+  CHECK_STATUS(invalid, clusterkv_batch_complete(NULL));
   CHECK_STATUS(invalid, clusterkv_batch_begin(NULL, 0));
   CHECK_STATUS(invalid, clusterkv_batch_append(NULL, 0, &kv));
   CHECK_STATUS(invalid, clusterkv_batch_attend(NULL, 0, &attention));
@@ -276,6 +278,37 @@ static void bad_batches_are_refused(clusterkv_client* client, clusterkv_sequence
   options.want_selection = 0;
   options.cuda_stream = &options;  // the host backend has no such thing
   CHECK_INVALID("stream", clusterkv_batch_create(client, twice, 1, &options, &batch));
+  options.captured = 1;
+  CHECK_INVALID("stream", clusterkv_batch_create(client, twice, 1, &options, &batch));
+  options.captured = 2;
+  CHECK_INVALID("captured is 2", clusterkv_batch_create(client, twice, 1, &options, &batch));
+  options = (clusterkv_batch_options)CLUSTERKV_BATCH_OPTIONS_INIT;
+  options.captured = 1;
+  CHECK_INVALID("needs the caller's stream",
+                clusterkv_batch_create(client, twice, 1, &options, &batch));
+}
+
+// Steps of a batch that is not a captured one, which the host backend has none of.
+static void uncaptured_batches_are_not_prepared(clusterkv_client* client) {
+  const clusterkv_mode modes[] = {CLUSTERKV_MODE_DIRECT, CLUSTERKV_MODE_SERVED};
+  for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); ++i) {
+    dense.length = 0;
+    clusterkv_sequence* const sequence =
+        small_sequence(client, modes[i], CLUSTERKV_DTYPE_FP32, &dense, 100);
+    clusterkv_batch* batch = NULL;
+    CHECK_OK(clusterkv_batch_create(client, &sequence, 1, NULL, &batch));
+    CHECK_REFUSED(CLUSTERKV_FAILED_PRECONDITION, "captured", clusterkv_batch_prepare(batch, 0));
+    CHECK_REFUSED(CLUSTERKV_FAILED_PRECONDITION, "captured", clusterkv_batch_complete(batch));
+    CHECK_OK(clusterkv_batch_begin(batch, 0));  // nothing was opened
+    clusterkv_batch_destroy(batch);
+    if (modes[i] == CLUSTERKV_MODE_SERVED) {
+      clusterkv_batch_options options = CLUSTERKV_BATCH_OPTIONS_INIT;
+      options.captured = 1;
+      CHECK_INVALID("its steps are RPCs",
+                    clusterkv_batch_create(client, &sequence, 1, &options, &batch));
+    }
+    clusterkv_sequence_destroy(sequence);
+  }
 }
 
 static void bad_steps_are_refused(clusterkv_client* client, clusterkv_sequence* sequence) {
@@ -359,6 +392,7 @@ int main(void) {
   bad_batches_are_refused(client, sequence);
   bad_steps_are_refused(client, sequence);
   clusterkv_sequence_destroy(sequence);
+  uncaptured_batches_are_not_prepared(client);
   clusterkv_client_close(client);
   handles_go_in_any_order(daemon.address);
   CHECK(private_daemon_stop(&daemon, SIGTERM) == 0);

@@ -7,16 +7,22 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <set>
+#include <string>
+
+#include "gpu/numa_nodes.h"
 
 namespace clusterkv::service {
 namespace {
 
 using testing::AllOf;
+using testing::Contains;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::Not;
 using testing::Optional;
+using testing::Pair;
 
 using Words = std::vector<std::string>;
 
@@ -56,10 +62,13 @@ TEST(Config, DefaultsNeedNoFlags) {
   EXPECT_EQ(config->host_memory_bytes, 2ull << 30);
   EXPECT_EQ(config->host_memory_dir, "/dev/shm/clusterkv");
   EXPECT_EQ(config->host_chunk_bytes, 64ull << 20);
+  EXPECT_EQ(config->host_numa, NumaPlacement::kAuto);
   EXPECT_EQ(config->backend, "auto");
   EXPECT_EQ(config->gpu_memory_bytes, 0u);
+  EXPECT_THAT(config->devices, IsEmpty());
   EXPECT_EQ(config->threads, 0);
   EXPECT_THAT(config->allow_uids, Optional(ElementsAre(geteuid())));
+  EXPECT_FALSE(config->has_many_parties());
   EXPECT_THAT(config->allow_gids, Optional(IsEmpty()));
   EXPECT_EQ(config->max_sessions, 64u);
   EXPECT_EQ(config->max_sequences_per_session, 1024u);
@@ -88,9 +97,12 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "--host-memory-dir=/mnt/huge",
                             "--host-chunk",
                             "32mb",
+                            "--host-numa-node=off",
                             "--backend=host",
                             "--gpu-memory",
                             "30gb",
+                            "--devices",
+                            " GPU-12ab ",
                             "--threads",
                             "3",
                             "--allow-uids",
@@ -125,10 +137,13 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->host_memory_bytes, 1ull << 30);
   EXPECT_EQ(config->host_memory_dir, "/mnt/huge");
   EXPECT_EQ(config->host_chunk_bytes, 32ull << 20);
+  EXPECT_EQ(config->host_numa, NumaPlacement::kOff);
   EXPECT_EQ(config->backend, "host");
   EXPECT_EQ(config->gpu_memory_bytes, 30ull << 30);
+  EXPECT_THAT(config->devices, ElementsAre("GPU-12ab"));
   EXPECT_EQ(config->threads, 3);
   EXPECT_EQ(config->allow_uids, std::nullopt);
+  EXPECT_TRUE(config->has_many_parties());
   EXPECT_THAT(config->allow_gids, Optional(ElementsAre(7u, 9u)));
   EXPECT_EQ(config->max_sessions, 2u);
   EXPECT_EQ(config->max_sequences_per_session, 3u);
@@ -146,12 +161,14 @@ TEST(Config, ReadsEveryKeyFromFlags) {
 
 TEST_F(ConfigFile, FlagGoesBeforeEnvironmentBeforeFileBeforeDefault) {
   const std::string path =
-      Write("host-memory: 1gb\nmax-sessions: 11\nthreads: 1\nlog-format: json\n");
+      Write("host-memory: 1gb\nmax-sessions: 11\nthreads: 1\nlog-format: json\ndevices: 1\n");
   const auto config = Load({"--config", path, "--host-memory=3gb"},
-                           {"PATH=/bin", "CLUSTERKV_HOST_MEMORY=2gb", "CLUSTERKV_MAX_SESSIONS=12"});
+                           {"PATH=/bin", "CLUSTERKV_HOST_MEMORY=2gb", "CLUSTERKV_MAX_SESSIONS=12",
+                            "CLUSTERKV_DEVICES=GPU-12ab"});
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->host_memory_bytes, 3ull << 30);
   EXPECT_EQ(config->max_sessions, 12u);
+  EXPECT_THAT(config->devices, ElementsAre("GPU-12ab"));
   EXPECT_EQ(config->threads, 1);
   EXPECT_EQ(config->log_format, LogFormat::kJson);
   EXPECT_EQ(config->max_arenas_per_session, 64u);
@@ -230,6 +247,18 @@ TEST(Config, OpensTheAdminPortOnlyWhenAskedTo) {
   }
 }
 
+TEST(Config, TakesANumaNodeThatHasMemory) {
+  const std::set<int> nodes = gpu::MemoryNodes();
+  if (nodes.empty()) GTEST_SKIP() << "the kernel tells of no NUMA nodes";
+  const std::string last = std::to_string(*nodes.rbegin());
+  const auto config = Load({"--host-numa-node", last});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->host_numa, NumaPlacement::kNode);
+  EXPECT_EQ(config->host_numa_node, *nodes.rbegin());
+  EXPECT_THAT(EffectiveConfig(*config), Contains(Pair("host-numa-node", last)));
+  EXPECT_THAT(Message(Load({"--host-numa-node", "1023"})), HasSubstr(last)) << "names them";
+}
+
 struct BadFlags {
   Words flags;
   std::string key;      // that the message names
@@ -262,6 +291,14 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--host-chunk", "3mb"}, "host-chunk", "multiple of 2mb"},
       {{"--host-memory-dir", "here"}, "host-memory-dir", "absolute"},
       {{"--backend", "rocm"}, "--backend", "auto|host|cuda"},
+      {{"--host-numa-node", "1023"}, "--host-numa-node", "a node with memory, which are: "},
+      {{"--host-numa-node", "-1"}, "--host-numa-node", "not auto, off or a node"},
+      {{"--host-numa-node", "near"}, "--host-numa-node", "not auto, off or a node"},
+      {{"--devices", "0,1"}, "--devices", "names 2 GPUs, and a daemon serves one for now"},
+      {{"--devices", "GPU-12ab, GPU-12ac,2"}, "--devices", "names 3 GPUs"},
+      {{"--devices", "0,"}, "--devices", "empty entry"},
+      {{"--devices", " "}, "--devices", "empty entry"},
+      {{"--device", "0"}, "--device", "did you mean 'devices'?"},
       {{"--threads", "-1"}, "--threads", "from 0 to 1024"},
       {{"--threads", "two"}, "--threads", "from 0 to 1024"},
       {{"--max-sessions", "0"}, "--max-sessions", "from 1 to 65536"},
