@@ -76,10 +76,12 @@ class DecodeOps {
   virtual absl::Status Append(Stream& stream, Batch batch, uint32_t layer,
                               const KvSource& source) = 0;
   // Scores every centroid, q·mu * scale; the group rule; clusters in falling order to the budget
-  // (ties: lower id first), the last one trimmed to its first tokens that fit.
+  // (ties: lower id first), the last one trimmed to its first tokens that fit. With a budget, every
+  // cluster's score goes into its running mean (cluster_worth.h).
   virtual absl::Status Select(Stream& stream, Batch batch, uint32_t layer,
                               const QuerySource& queries, uint32_t budget_tokens) = 0;
-  // Look-up, LRU, eviction, gather of the misses, whole clusters; the slot table; counters.
+  // Look-up, eviction of the clusters of the least worth, gather of the misses, whole clusters; the
+  // slot table; counters.
   virtual absl::Status Fetch(Stream& stream, Batch batch, uint32_t layer) = 0;
   // Exact softmax attention over sinks + slot table + window (and the estimate, if asked for).
   virtual absl::Status Attend(Stream& stream, Batch batch, uint32_t layer,

@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define CLUSTERKV_HOST_DEVICE __host__ __device__
-#else
-#define CLUSTERKV_HOST_DEVICE
-#endif
+#include "gpu/host_device.h"
 
 namespace clusterkv::gpu {
 

@@ -1,4 +1,4 @@
-// Layout v0 of a sequence's device-resident state: everything a decode step needs, in one block of
+// Layout v1 of a sequence's device-resident state: everything a decode step needs, in one block of
 // device memory. gpu/README.md draws it. Both processes compute it from the same registered
 // parameters; the daemon never reads it back from memory that a worker can write.
 //
@@ -14,7 +14,7 @@
 
 namespace clusterkv::gpu {
 
-constexpr uint32_t kStateLayoutVersion = 0;
+constexpr uint32_t kStateLayoutVersion = 1;
 constexpr uint32_t kStateMagic = 0x564b4c43;  // "CLKV"
 
 // Where a published cluster lies in the host store. Written by the daemon, append-only.
@@ -38,7 +38,7 @@ struct StepLatch {
   uint32_t segments;  // published segments that this step sees
   uint32_t cut;       // first position that no published segment holds
   uint32_t length;    // tokens in the sequence, with this step's own after begin-step
-  uint32_t step;      // steps begun; the LRU clock, from 1
+  uint32_t step;      // steps begun, from 1
   uint32_t errors;    // StepError bits, sticky until end-step reports them
 };
 
@@ -94,6 +94,7 @@ struct StateBlock {
   uint64_t cache;               // row [layers][H][cache_tokens]
   uint64_t slot_of_row;         // u32 [layers][H][max_rows]: cache slot, valid while resident
   uint64_t last_used;           // u32 [layers][H][max_clusters]: step of last use, 0 = not resident
+  uint64_t mean_scores;         // f32 [layers][H][max_clusters]: over all steps (cluster_worth.h)
   uint64_t free_slots;          // u32 [layers][H][cache_tokens]: stack of free cache slots
   uint64_t free_count;          // u32 [layers][H]
   // Scratch of the layer that is being decoded.

@@ -111,6 +111,7 @@ absl::StatusOr<StateLayout> StateLayout::Create(const Shape& shape, const Method
   layout.cache = packer.Add(problems * layout.cache_tokens, layout.row_bytes());
   layout.slot_of_row = packer.Add(problems * layout.max_rows, sizeof(uint32_t));
   layout.last_used = packer.Add(clusters, sizeof(uint32_t));
+  layout.mean_scores = packer.Add(clusters, sizeof(float));
   layout.free_slots = packer.Add(problems * layout.cache_tokens, sizeof(uint32_t));
   layout.free_count = packer.Add(problems, sizeof(uint32_t));
   layout.selected_count = packer.Add(heads, sizeof(uint32_t));

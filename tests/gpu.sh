@@ -48,12 +48,12 @@ part_conformance() {
 
 # The small cases: sanitizers slow kernels down by tens of times.
 part_sanitizer() {
-  local filter='*Lru*:*Damaged*:*Stale*:*Batched*:*Publish*:*64x3*:*96x4bf*:*256x16fp*'
+  local filter='*LeastWorth*:*Damaged*:*Stale*:*Batched*:*Publish*:*64x3*:*96x4bf*:*256x16fp*'
   compute-sanitizer --error-exitcode 9 --tool memcheck \
     "$tests/cuda_conformance_test" --gtest_brief=1 --gtest_filter="$filter" &&
     compute-sanitizer --error-exitcode 9 --tool racecheck \
       "$tests/cuda_conformance_test" --gtest_brief=1 \
-      --gtest_filter='*Lru*:*Batched*:*64x3bf16:*96x4bf16:*256x16fp16' &&
+      --gtest_filter='*LeastWorth*:*Batched*:*64x3bf16:*96x4bf16:*256x16fp16' &&
     compute-sanitizer --error-exitcode 9 --tool memcheck "$tests/kmeans_kernel_benchmark" --paths
 }
 

@@ -38,7 +38,8 @@ class LayerBench {
         ops_(run.backend.device().decode_ops()) {}
 
   absl::Status Run() {
-    // Every cache filled with what its layer selects; the steps before a run count for the LRU.
+    // Every cache filled with what its layer selects; in the second step, since what an edit brings
+    // in counts as used in the first.
     CKV_RETURN_IF_ERROR(state_.Begin(batch_));
     CKV_RETURN_IF_ERROR(state_.Begin(batch_));
     CKV_ASSIGN_OR_RETURN(selections_, state_.SelectAll(batch_));

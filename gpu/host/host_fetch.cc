@@ -1,18 +1,21 @@
 // Fetch: the cluster cache of one (layer, KV head).
 //
 //   selected ─► resident? ─yes─► touched          slots of the first `take` rows of each
-//                  └─no──► slots (free, else the   ──────────────────────────────────────► table
-//                          least recently used's) ─► rows gathered from the host store
+//                  └─no──► slots (free, else those ──────────────────────────────────────► table
+//                          of the least worth) ─► rows gathered from the host store
 //
-// last_used is both the LRU clock and the mark of residence; whole clusters come and go. Clusters
-// of this step are never evicted: cache_tokens >= 2 * budget + the largest cluster has room.
+// Whole clusters come and go, by their worth as Select's scores have it (cluster_worth.h).
+// last_used marks residence. Clusters of this step are never evicted:
+// cache_tokens >= 2 * budget + the largest cluster has room.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "gpu/cluster_worth.h"
 #include "gpu/host/decode_steps.h"
+#include "gpu/host/score_order.h"
 #include "gpu/host_chunks.h"
 #include "gpu/status_macros.h"
 
@@ -91,9 +94,11 @@ class HeadCache {
     victims_known_ = true;
     victims_.clear();
     const uint32_t* const last_used = view_.last_used(head_);
+    const float* const mean_scores = view_.mean_scores(head_);
     for (uint32_t cluster = 0; cluster < clusters_; ++cluster) {
       if (last_used[cluster] == 0 || last_used[cluster] == step_) continue;
-      victims_.push_back(uint64_t{last_used[cluster]} << 32 | cluster);
+      const float worth = ClusterWorth(view_.layout().group, mean_scores[cluster], Tokens(cluster));
+      victims_.push_back(uint64_t{OrderedBits(worth)} << 32 | cluster);
     }
     std::make_heap(victims_.begin(), victims_.end(), std::greater<>());
   }
@@ -122,7 +127,7 @@ class HeadCache {
   const uint32_t step_;
   const uint32_t clusters_;
   bool victims_known_ = false;
-  std::vector<uint64_t>& victims_ = ThreadVictims();  // heap of (last_used, id), least first
+  std::vector<uint64_t>& victims_ = ThreadVictims();  // heap of (worth, id), least first
 };
 
 // Heads of a layer count together; each is one addition, so that the sampler sees it whole.

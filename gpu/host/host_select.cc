@@ -1,10 +1,10 @@
 // Select: which clusters a KV head attends to (ClusterKV section III-C, shared by its query heads).
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <vector>
 
+#include "gpu/cluster_worth.h"
 #include "gpu/host/decode_steps.h"
+#include "gpu/host/score_order.h"
 #include "gpu/host/simd.h"
 
 namespace clusterkv::gpu::host {
@@ -63,12 +63,9 @@ void CombineGroup(GroupRule rule, size_t group, size_t clusters, float* scores) 
   if (rule == GroupRule::kMean) Scale(1.0f / static_cast<float>(group), scores, clusters);
 }
 
-// Orders as (score falling, id rising) does: integers order NaN, too, which goes last.
+// Orders as (score falling, id rising) does; NaN goes last.
 uint64_t Key(float score, uint32_t cluster) {
-  uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 ties with 0
-  bits = (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-  if (std::isnan(score)) bits = 0;
-  return uint64_t{bits} << 32 | (0xffffffffu - cluster);
+  return uint64_t{OrderedBits(score)} << 32 | (0xffffffffu - cluster);
 }
 
 uint32_t ClusterOfKey(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
@@ -88,7 +85,11 @@ void SelectHead(const StateView& view, uint32_t layer, uint32_t kv_head,
     CombineGroup(layout.group, layout.group_size, clusters, scratch.scores.data());
     std::vector<uint64_t>& order = scratch.order;
     order.resize(clusters);
-    for (uint32_t c = 0; c < clusters; ++c) order[c] = Key(scratch.scores[c], c);
+    float* const mean_scores = view.mean_scores(head);
+    for (uint32_t c = 0; c < clusters; ++c) {
+      order[c] = Key(scratch.scores[c], c);
+      mean_scores[c] = NextMeanScore(mean_scores[c], scratch.scores[c]);
+    }
     std::make_heap(order.begin(), order.end());
     const ClusterEntry* const entries = view.clusters(head);
     // Each cluster taken has at least one token, so the lists' budget_tokens entries suffice.

@@ -64,6 +64,9 @@ class StateView {
   uint32_t* last_used(size_t head) const {
     return At<uint32_t>(state_, layout_.last_used) + head * layout_.max_clusters;
   }
+  float* mean_scores(size_t head) const {
+    return At<float>(state_, layout_.mean_scores) + head * layout_.max_clusters;
+  }
   uint32_t* free_slots(size_t head) const {
     return At<uint32_t>(state_, layout_.free_slots) + head * layout_.cache_tokens;
   }

@@ -5,14 +5,15 @@
 
 Replays the trace for each preset with a budget of all its tokens, and again with queries of zeros;
 from what they select come the clusters, their numbers and every smaller budget's selections
-(cache_simulation.py says how). Then simulates each (layer, KV head)'s cache: LRU, as the product
-has it; Belady's rule, which knows the future; the paper's cache, which keeps what the last one or
-two steps selected; and other policies where LRU is more than --points below Belady.
+(cache_simulation.py says how); their scores come from the trace itself (cache_scores.py). Then
+simulates each (layer, KV head)'s cache: the product's policy; LRU; Belady's rule, which knows the
+future; the paper's cache, which keeps what the last one or two steps selected; and other policies
+where LRU is more than --points below Belady.
 
 Sizes are in budgets, or "least" (2 budgets + the largest cluster, the smallest cache_tokens there
 are) and "auto" (4 budgets + the largest cluster: cache_tokens 0). Where the product has a size it
-is replayed too: its selections must be the same, and its hit rates and bytes those of the simulated
-LRU within --tolerance, in every layer.
+is replayed too: its selections must be the same, and its hit rates and bytes the simulated ones
+within --tolerance, in every layer.
 
 Deterministic: the same programs, trace and options give the same table. Needs numpy; --plot needs
 matplotlib. Exit codes: 0 ok, 1 a replay failed or differs from the simulation, 2 usage, 5 bad input
@@ -26,25 +27,29 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "reference"))
 
 import cache_report  # noqa: E402
+import cache_scores  # noqa: E402
 import cache_simulation as cache  # noqa: E402
-from check_replay import InputError, read_safetensors  # noqa: E402
+from check_replay import InputError, read_safetensors, read_trace  # noqa: E402
 
 LARGEST = 4  # a cluster has at most so many times tokens_per_cluster
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+PRODUCT = cache.MeanScoreByRoot
 OTHERS = {
+    "mean score / √tokens": PRODUCT,
+    "LRU": cache.Lru,
     "LRU-2": cache.Lru2,
     "LFU with aging": cache.AgedFrequency,
     "segmented LRU": cache.SegmentedLru,
     "S3-FIFO": cache.S3Fifo,
     "GDSF": cache.GreedyDual,
     "mean score": cache.MeanScore,
-    "mean score / √tokens": cache.MeanScoreBySize,
+    "mean score / tokens": cache.MeanScoreBySize,
     "Belady × tokens": cache.BeladySize,
 }
 
@@ -124,7 +129,11 @@ def record(options, preset):
     for layer, positions in selected.items():
         for head, order in enumerate(numbered[layer]):
             heads[layer, head] = cache.recover(positions[:, head], order[order >= 0])
-    keys = tensors[f"layers.{min(selected)}.k"]
+    read, keys = read_trace(options.trace), tensors[f"layers.{min(selected)}.k"]
+    for (layer, number), head in heads.items():
+        scores = cache_scores.scores_of(read.layers[layer], head, read.scale, number,
+                                        report["preset"], keys["dtype"])
+        heads[layer, number] = replace(head, scores=scores)
     return Recording(report["preset"], heads,
                      2 * keys["shape"][-1] * ELEMENT_BYTES[keys["dtype"]])
 
@@ -195,7 +204,7 @@ def missed_tokens(outcomes):
     return sum(outcome.missed_tokens.mean() for outcome in outcomes.values())
 
 
-def compare_with_product(options, study, tokens, lru):
+def compare_with_product(options, study, tokens, outcomes):
     """The product's hit rate at this size, and how far at most it and the bytes are from the
     simulated ones; StudyError if that is too far."""
     preset = study.recording.preset["name"]
@@ -203,7 +212,7 @@ def compare_with_product(options, study, tokens, lru):
     study.check_selections(selected)
     rows = {row["layer"]: row for row in report["results"]}
     largest = 0.0
-    for layer, outcome in lru.items():
+    for layer, outcome in outcomes.items():
         simulated = outcome.missed_tokens.mean() * study.recording.row_bytes
         for name, ours, product in (
                 ("hit rate", rate(outcome), rows[layer]["hit_rate"]),
@@ -212,33 +221,35 @@ def compare_with_product(options, study, tokens, lru):
             if not difference <= options.tolerance:
                 raise StudyError(f"preset {preset}, budget {study.budget}, {tokens} tokens, layer "
                                  f"{layer}: the product's {name} is {product:.7g}, the simulated "
-                                 f"LRU's {ours:.7g}")
+                                 f"one {ours:.7g}")
             largest = max(largest, difference)
     return {"hit_rate": rows["all"]["hit_rate"], "difference": largest}
 
 def study_size(options, study, name, tokens):
     """One line of the main table, and what the other tables need."""
+    ours = study.simulate(tokens, PRODUCT)
     lru = study.simulate(tokens, cache.Lru)
     belady = study.simulate(tokens, cache.Belady)
     bypassed = study.simulate(tokens, cache.Belady, bypass=True)
     line = {"preset": study.recording.preset["name"], "budget": study.budget, "size": name,
-            "tokens": tokens, "lru": hit_rate(lru), "belady": hit_rate(belady),
-            "lru_layers": {layer: rate(outcome) for layer, outcome in lru.items()},
+            "tokens": tokens, "ours": hit_rate(ours), "lru": hit_rate(lru),
+            "belady": hit_rate(belady),
+            "our_layers": {layer: rate(outcome) for layer, outcome in ours.items()},
             "belady_layers": {layer: rate(outcome) for layer, outcome in belady.items()},
             "bypass": hit_rate(bypassed), "bound": study.upper_bound(tokens),
-            "kib_per_step": missed_tokens(lru) * study.recording.row_bytes / 1024,
+            "kib_per_step": missed_tokens(ours) * study.recording.row_bytes / 1024,
             "product": None, "others": []}
     if tokens >= 2 * study.budget + study.recording.largest:
-        line["product"] = compare_with_product(options, study, tokens, lru)
+        line["product"] = compare_with_product(options, study, tokens, ours)
     # With less than two budgets every policy keeps the step itself and little else.
     bypass = tokens < 2 * study.budget
     reference = bypassed if bypass else belady
     if 100 * (hit_rate(reference) - line["lru"]) > options.points:
         steps = len(next(iter(lru.values())).hits)
         edges = [steps * i // options.ranges for i in range(options.ranges + 1)]
-        tried = [("LRU", lru)] + [(other, study.simulate(tokens, policy, bypass))
-                                  for other, policy in OTHERS.items()]
-        for other, outcomes in tried:
+        for other, policy in OTHERS.items():
+            # LRU keeps the step's own.
+            outcomes = lru if policy is cache.Lru else study.simulate(tokens, policy, bypass)
             gaps = [hit_rate(reference, *edge) - hit_rate(outcomes, *edge)
                     for edge in zip(edges, edges[1:])]
             line["others"].append({
@@ -253,13 +264,14 @@ def study_paper(study):
     lines = []
     for steps in (1, 2):
         outcomes, most = study.keep_last(steps)
-        lru = study.simulate(most, cache.Lru)
+        ours = study.simulate(most, PRODUCT)
         held = [outcome.held_tokens.mean() for outcome in outcomes.values()]
         lines.append({"preset": study.recording.preset["name"], "budget": study.budget,
                       "steps": steps, "hit_rate": hit_rate(outcomes),
                       "worst": min(rate(outcome) for outcome in outcomes.values()),
                       "mean_tokens": sum(held) / len(study.recording.heads), "most_tokens": most,
-                      "lru": hit_rate(lru), "read": missed_tokens(outcomes) / missed_tokens(lru)})
+                      "ours": hit_rate(ours),
+                      "read": missed_tokens(outcomes) / missed_tokens(ours)})
     return lines
 
 
@@ -281,7 +293,7 @@ def run(options):
             paper += study_paper(study)
             for name, tokens in sizes_of(options, recording, budget):
                 lines.append(study_size(options, study, name, tokens))
-                print(f"{preset}, budget {budget}, {tokens} tokens: LRU {lines[-1]['lru']:.4f}, "
+                print(f"{preset}, budget {budget}, {tokens} tokens: {lines[-1]['ours']:.4f}, "
                       f"Belady {lines[-1]['belady']:.4f}", file=sys.stderr)
     return lines, paper
 
@@ -302,7 +314,8 @@ def parse_arguments(arguments):
     parser.add_argument("--points", type=float, default=3.0,
                         help="try other policies where LRU is further below Belady")
     parser.add_argument("--tolerance", type=float, default=1e-9,
-                        help="between the product and the simulation; of bytes relative")
+                        help="between the product and the simulation; of bytes relative (a host "
+                        "without fused multiply-add may need 0.005)")
     parser.add_argument("--output", help="write the tables here instead of to stdout")
     parser.add_argument("--plot", help="also draw hit rate over size (.svg or .png; matplotlib)")
     options = parser.parse_args(arguments)
@@ -325,7 +338,7 @@ def main(arguments=None):
     except InputError as error:
         print(f"cache_policies.py: {error}", file=sys.stderr)
         return 5
-    except (StudyError, cache.RecoveryError, OSError) as error:
+    except (StudyError, cache.RecoveryError, cache_scores.ScoreError, OSError) as error:
         print(f"cache_policies.py: {error}", file=sys.stderr)
         return 1
     tables = cache_report.markdown(options, lines, paper)

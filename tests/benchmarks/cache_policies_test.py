@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import stat
@@ -18,15 +19,16 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import cache_policies  # noqa: E402
+import cache_scores  # noqa: E402
 import cache_simulation as cache  # noqa: E402
+from check_replay import Layer  # noqa: E402
 
-ALL = (cache.Lru, cache.Belady, *cache_policies.OTHERS.values())
+ALL = (cache.Belady, *cache_policies.OTHERS.values())
 
-# Clusters of 2 to 4 tokens, the later positions first; at every step a random ranking that favours
-# some, or by number if the trace ends in zeros. Its LRU counts steps since the last use, and knows
-# nothing of the simulation.
+# Clusters of 2 to 4 tokens, the later positions first, two of which come later. Scores, rankings
+# and the cache are computed anew here, and know nothing of the simulation.
 STAND_IN = f"""#!{sys.executable}
-import json, os, random, sys
+import json, math, os, sys
 import numpy as np
 
 def value(name):
@@ -36,31 +38,43 @@ budget, cache = int(value("--budgets")), int(value("--cache-tokens"))
 sizes = [2, 3, 4, 2, 3, 4, 2, 3]
 begins = [15, 12, 8, 6, 3, 17, 21, 0]
 cache = cache or 10**9
-blind = not any(open(sys.argv[1], "rb").read()[-8:])
+trace = open(sys.argv[1], "rb").read()
+length = int.from_bytes(trace[:8], "little")
+entries = json.loads(trace[8 : 8 + length])
+
+def tensor(name):
+    begin, end = entries[name]["data_offsets"]
+    raw = trace[8 + length + begin : 8 + length + end]
+    return np.frombuffer(raw, "<f4").reshape(entries[name]["shape"])
+
 rows, tensors, data = [], {{}}, b""
 for layer in (3, 9):
-    draw = random.Random(layer)
+    keys, queries = tensor(f"layers.{{layer}}.k")[:, 0], tensor(f"layers.{{layer}}.q")
     selected = np.full((40, 1, budget), -1, "<i4")
-    age, hits, chosen, read = {{}}, 0, 0, 0
+    mean, held, hits, chosen, read = [0.0] * 8, set(), 0, 0, 0
     for step in range(40):
-        count = 8 if step >= 10 else 6  # two clusters come later
-        order = sorted(range(count), key=lambda c: draw.random() * (1 + c % 3))
-        if blind:
-            order.sort()
+        count = 8 if step >= 10 else 6
+        scores = [0.0] * count
+        for query in queries[step]:
+            powers = [math.exp(query @ keys[b : b + s].mean(axis=0)) for b, s in
+                      zip(begins[:count], sizes)]
+            scores = [score + power / sum(powers) for score, power in zip(scores, powers)]
+        order = sorted(range(count), key=lambda c: -scores[c])
         taken, used = [], []
         for c in order:
             if len(taken) < budget:
                 used.append(c)
                 taken += range(begins[c], begins[c] + sizes[c])
         selected[step, 0, : len(taken[:budget])] = taken[:budget]
-        age = {{c: a + 1 for c, a in age.items()}}
+        for c in range(count):
+            mean[c] = 0.8 * mean[c] + 0.2 * scores[c]
         for c in used:
             chosen += 1
-            hits += c in age
-            read += 0 if c in age else sizes[c]
-            age[c] = 0
-        while sum(sizes[c] for c in age) > cache:
-            del age[max((c for c in age if c not in used), key=lambda c: (age[c], -c))]
+            hits += c in held
+            read += 0 if c in held else sizes[c]
+        held |= set(used)
+        while sum(sizes[c] for c in held) > cache:
+            held.remove(min(held - set(used), key=lambda c: mean[c] / sizes[c] ** 0.5))
     hit_rate = hits / chosen + float(os.environ.get("STAND_IN_ERROR", 0))
     rows.append({{"method": "clusterkv", "budget": budget, "layer": layer, "hit_rate": hit_rate,
                  "host_bytes_per_step": read * 16 / 40}})
@@ -74,20 +88,46 @@ rows.append({{"method": "clusterkv", "budget": budget, "layer": "all",
 header = json.dumps(tensors).encode()
 with open(value("--dump-outputs"), "wb") as out:
     out.write(len(header).to_bytes(8, "little") + header + data)
-preset = {{"name": value("--preset"), "tokens_per_cluster": 1}}
+preset = {{"name": value("--preset"), "tokens_per_cluster": 1,
+          "group": os.environ.get("STAND_IN_GROUP", "softmax")}}
 print(json.dumps({{"preset": preset, "results": rows}}))
 """
+
+
+def write_trace(path):
+    """Two layers, one KV head, two query heads of two elements."""
+    random = np.random.default_rng(4)
+    tensors, data = {}, b""
+    for layer in (3, 9):
+        for name, shape in (("k", (60, 1, 2)), ("v", (60, 1, 2)), ("q", (40, 2, 2))):
+            raw = random.normal(0.0, 1.5, shape).astype("<f4").tobytes()
+            tensors[f"layers.{layer}.{name}"] = {"dtype": "F32", "shape": shape,
+                                                 "data_offsets": [len(data), len(data) + len(raw)]}
+            data += raw
+    metadata = {"format": "clusterkv-trace/1", "layers": "3,9", "prompt_tokens": "20",
+                "decode_tokens": "40", "softmax_scale": "1"}
+    header = json.dumps({"__metadata__": metadata, **tensors}).encode()
+    with open(path, "wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header + data)
 
 
 def random_head(seed, clusters=9, steps=30, sizes=(1, 2, 3, 5)):
     random = np.random.default_rng(seed)
     favour = random.random(clusters)
     rankings = [np.argsort(favour + random.random(clusters)).tolist() for _ in range(steps)]
-    return cache.Head([int(random.choice(sizes)) for _ in range(clusters)], rankings)
+    return head_of([int(random.choice(sizes)) for _ in range(clusters)], rankings)
+
+
+def head_of(sizes, rankings):
+    """A Head whose scores fall by half from rank to rank."""
+    scores = np.zeros((len(rankings), len(sizes)), np.float32)
+    for row, ranking in zip(scores, rankings):
+        row[ranking] = 0.5 ** np.arange(len(ranking))
+    return cache.Head(sizes, rankings, scores=scores)
 
 
 def hits_of(sizes, selections, capacity, policy, bypass=False):
-    outcome = cache.simulate(cache.Head(sizes, selections), selections, capacity, policy, bypass)
+    outcome = cache.simulate(head_of(sizes, selections), selections, capacity, policy, bypass)
     return outcome.hits.tolist()
 
 
@@ -146,6 +186,35 @@ class RecoverTest(unittest.TestCase):
         self.assertEqual(cache.select(head, 3), [[0], [2, 1]])
         self.assertEqual(cache.select(head, 4), [[0, 1], [2, 1, 0]])
         self.assertEqual(cache.select(head, 9), [[0, 1, 2], [2, 1, 0]])
+
+
+class ScoresTest(unittest.TestCase):
+    def setUp(self):
+        self.keys = np.array([[1, 0], [3, 0], [0, 2], [0, 4]], float)
+        self.layer = Layer(self.keys[:, None], self.keys[:, None],
+                           np.array([[[1, 0], [0, 0]], [[0, 1], [0, 0]]], float))
+
+    def scores(self, rankings, group="softmax"):
+        head = cache.Head([2, 2], rankings, [[0, 1], [2, 3]])
+        return cache_scores.scores_of(self.layer, head, 0.5, 0, {"name": "p", "group": group},
+                                      "F16")
+
+    def test_are_the_shares_of_the_query_heads(self):
+        # Centroids (2, 0) and (0, 3); the second query head finds all equal.
+        found = self.scores([[0], [1, 0]])
+        share = math.exp(1.5) / (1 + math.exp(1.5))
+        np.testing.assert_allclose(found, [[2, 0], [1.5 - share, 0.5 + share]], rtol=1e-6)
+        self.assertEqual(found.dtype, np.float32)
+
+    def test_centroids_are_rounded_as_they_are_stored(self):
+        keys = np.array([[1.0], [1.0 + 2.0**-8]])
+        for dtype, expected in (("F32", 1 + 2.0**-9), ("F16", 1 + 2.0**-9), ("BF16", 1.0)):
+            self.assertEqual(cache_scores.centroid(keys, dtype), [expected])
+
+    def test_refuses_what_they_do_not_explain(self):
+        for rankings, group in (([[0], [0, 1]], "softmax"), ([[0], [1, 0]], "max")):
+            with self.assertRaises(cache_scores.ScoreError):
+                self.scores(rankings, group)
 
 
 class SimulateTest(unittest.TestCase):
@@ -212,11 +281,26 @@ class SimulateTest(unittest.TestCase):
         self.assertEqual(hits_of([1, 9, 1, 9], [[0], [1], [2], [3], [0]], 11, cache.GreedyDual)[-1],
                          1)
         # What scores well under every query stays, though it was selected longest ago.
-        head = cache.Head([1] * 4, [[0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3], [3, 0, 1, 2],
-                                    [0, 1, 2, 3]])
+        head = head_of([1] * 4, [[0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3], [3, 0, 1, 2],
+                                 [0, 1, 2, 3]])
         selections = [ranking[:1] for ranking in head.rankings]
         for policy, last in ((cache.Lru, 0), (cache.MeanScore, 1)):
             self.assertEqual(cache.simulate(head, selections, 3, policy).hits[-1], last)
+
+    def test_mean_scores_are_a_fifth_of_each_step(self):
+        selections = [[0], [1], [2], [0]]
+        rankings = [[0, 1, 2], [1, 2, 0], [2, 1, 0], [0, 1, 2]]
+        policy = cache.MeanScore(head_of([1, 1, 4], rankings), selections, 2)
+        for step in range(3):
+            policy.uses(step, set())
+        for cluster, scores in enumerate(((1, 0.25, 0.25), (0.5, 1, 0.5), (0.25, 0.5, 1))):
+            mean = 0.2 * (0.64 * scores[0] + 0.8 * scores[1] + scores[2])
+            self.assertAlmostEqual(policy.value(cluster), mean, places=6)
+        for by, worth in ((cache.MeanScoreByRoot, 2), (cache.MeanScoreBySize, 4)):
+            divided = by(head_of([1, 1, 4], rankings), selections, 2)
+            for step in range(3):
+                divided.uses(step, set())
+            self.assertAlmostEqual(divided.value(2) * worth, policy.value(2), places=6)
 
     def test_s3_fifo_readmits_a_ghost_to_the_main_queue(self):
         policy = cache.S3Fifo(cache.Head([1] * 12, []), [[0], list(range(1, 11)), [0]], 10)
@@ -244,12 +328,7 @@ class StudyTest(unittest.TestCase):
         with open(self.path("replay"), "w", encoding="utf-8") as out:
             out.write(STAND_IN)
         os.chmod(self.path("replay"), stat.S_IRWXU)
-        header = {"__metadata__": {"prompt_tokens": "20", "decode_tokens": "40"},
-                  "layers.3.k": {"dtype": "F32", "shape": [60, 1, 2], "data_offsets": [0, 480]},
-                  "layers.3.q": {"dtype": "F32", "shape": [40, 1, 2], "data_offsets": [480, 800]}}
-        text = json.dumps(header).encode()
-        with open(self.path("trace"), "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text + b"x" * 800)
+        write_trace(self.path("trace"))
 
     def run_study(self, *more, trace="trace"):
         arguments = [self.path(trace), "--replay", self.path("replay"), "--presets", "p",
@@ -278,6 +357,13 @@ class StudyTest(unittest.TestCase):
             with open(self.path("out.md"), encoding="utf-8") as out:
                 texts.append(out.read())
         self.assertEqual(*texts)
+
+    def test_reports_another_group_rule(self):
+        os.environ["STAND_IN_GROUP"] = "max"
+        self.addCleanup(os.environ.pop, "STAND_IN_GROUP")
+        code, errors = self.run_study()
+        self.assertEqual(code, 1)
+        self.assertIn("group is max", errors)
 
     def test_reports_a_product_that_differs(self):
         os.environ["STAND_IN_ERROR"] = "0.01"

@@ -27,7 +27,7 @@ def _checks(options, lines):
         return ["No size of these is one that the product has."]
     difference = max(product["difference"] for product in checked)
     return [f"{len(checked)} sizes were replayed by the product too. It chose the same tokens, and "
-            "its hit rate and bytes in every layer are the simulated LRU's, "
+            "its hit rate and bytes in every layer are the simulated ones, "
             + (f"to {difference:.0e}." if difference else "exactly.")]
 
 
@@ -39,20 +39,20 @@ def _size(line):
 def _main_table(lines):
     out = []
     for preset in dict.fromkeys(line["preset"] for line in lines):
-        columns = ["budget", "cache", "LRU", "worst layer", "product", "Belady", "worst layer",
-                   "gap", "widest gap of a layer", "Belady, bypass", "bound", "LRU KiB/step"]
+        columns = ["budget", "cache", "hit rate", "worst layer", "product", "Belady", "worst layer",
+                   "gap", "widest gap of a layer", "LRU", "Belady, bypass", "bound", "KiB/step"]
         out += [f"Preset `{preset}`:", "", "| " + " | ".join(columns) + " |",
                 "|" + "---:|" * len(columns)]
         for line in (line for line in lines if line["preset"] == preset):
             gaps = [line["belady_layers"][layer] - rate
-                    for layer, rate in line["lru_layers"].items()]
+                    for layer, rate in line["our_layers"].items()]
             product = percent(line["product"]["hit_rate"]) if line["product"] else "-"
             out.append(
-                f"| {line['budget']:,} | {_size(line)} | {percent(line['lru'])} | "
-                f"{percent(min(line['lru_layers'].values()))} | {product} | "
+                f"| {line['budget']:,} | {_size(line)} | {percent(line['ours'])} | "
+                f"{percent(min(line['our_layers'].values()))} | {product} | "
                 f"{percent(line['belady'])} | {percent(min(line['belady_layers'].values()))} | "
-                f"{percent(line['belady'] - line['lru'])} | {percent(max(gaps))} | "
-                f"{percent(line['bypass'])} | {percent(line['bound'])} | "
+                f"{percent(line['belady'] - line['ours'])} | {percent(max(gaps))} | "
+                f"{percent(line['lru'])} | {percent(line['bypass'])} | {percent(line['bound'])} | "
                 f"{line['kib_per_step']:.1f} |")
         out.append("")
     return out[:-1]
@@ -60,13 +60,13 @@ def _main_table(lines):
 
 def _paper_table(paper):
     columns = ["budget", "steps kept", "hit rate", "worst layer", "tokens held, mean", "most",
-               "LRU with the most", "reads, of LRU's"]
+               "product with the most", "reads, of the product's"]
     out = ["| preset | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for line in paper:
         held = [f"{line[name] / line['budget']:.2f} ×" for name in ("mean_tokens", "most_tokens")]
         out.append(f"| {line['preset']} | {line['budget']:,} | {line['steps']} | "
                    f"{percent(line['hit_rate'])} | {percent(line['worst'])} | {held[0]} | "
-                   f"{held[1]} | {percent(line['lru'])} | {line['read']:.2f} |")
+                   f"{held[1]} | {percent(line['ours'])} | {line['read']:.2f} |")
     return out
 
 
@@ -93,8 +93,8 @@ def _other_tables(options, lines):
         return f"{text} ({percent(min(entry['ranges']))} to {percent(max(entry['ranges']))})"
 
     text = (f"Points below Belady; in brackets the least and the most of {options.ranges} equal "
-            "ranges of steps. Bypass: Belady and the others may evict a step's own clusters; LRU "
-            "keeps them.")
+            "ranges of steps; bold: within the limit. Bypass: Belady and the others may evict a "
+            "step's own clusters; LRU keeps them.")
     return [text, "", *table(gap), "",
             "Tokens read from the host store, as a ratio to LRU's:", "",
             *table(lambda entry: f"{entry['read']:.2f}")]
@@ -117,13 +117,15 @@ def plot(path, lines, paper):
         for number, budget in enumerate(budgets):
             mine = [line for line in lines if (line["preset"], line["budget"]) == (preset, budget)]
             sizes = [line["tokens"] / budget for line in mine]
-            panel.plot(sizes, [100 * line["lru"] for line in mine], "o-", ms=3, color=f"C{number}",
-                       label=f"LRU, budget {budget}")
+            panel.plot(sizes, [100 * line["ours"] for line in mine], "o-", ms=3, color=f"C{number}",
+                       label=f"product, budget {budget}")
+            panel.plot(sizes, [100 * line["lru"] for line in mine], ":", color=f"C{number}")
             panel.plot(sizes, [100 * line["belady"] for line in mine], "--", color=f"C{number}")
             kept = [line for line in paper if (line["preset"], line["budget"]) == (preset, budget)]
             panel.plot([line["mean_tokens"] / budget for line in kept],
                        [100 * line["hit_rate"] for line in kept], "x", color=f"C{number}")
         panel.plot([], [], "--", color="grey", label="Belady")
+        panel.plot([], [], ":", color="grey", label="LRU")
         panel.plot([], [], "x", color="grey", label="last 1, last 2 steps (mean tokens)")
         panel.set_title(f"preset {preset}")
         panel.set_xlabel("cache, in budgets")

@@ -33,6 +33,7 @@ class Head:
     sizes: list             # tokens of each cluster
     rankings: list          # per step all clusters, in falling score
     positions: list = None  # of each cluster's tokens
+    scores: np.ndarray = None  # [steps, clusters], float32; 0 before a cluster is in a ranking
 
 
 def recover(positions, numbered):
@@ -42,7 +43,7 @@ def recover(positions, numbered):
     A cluster's tokens stand together at every step, in rising position. So position q belongs to
     the cluster of p < q if both became candidates at the same step and q has followed p ever since.
     Two clusters that are neighbours at every step would be taken for one; comparing the simulated
-    LRU with the product's hits and bytes would show it, since they count clusters and tokens.
+    cache with the product's hits and bytes would show it, since they count clusters and tokens.
     """
     steps, width = positions.shape
     tokens = int(positions.max(initial=-1)) + 1
@@ -303,32 +304,37 @@ class S3Fifo(Lru):
 
 
 class MeanScore(Lru):
-    """By a running mean of the scores under all queries so far, selected or not.
+    """By a running mean of the scores (Select's, of all clusters) under the queries so far,
+    divided by a power of the tokens."""
 
-    Select scores every cluster at every step. A dump has ranks instead of scores; they count by
-    their logarithm, so that the 10th and the 20th differ as much as the 100th and the 200th.
-    """
-
-    KEPT = 0.8  # of the mean, at every step
-    BY_SIZE = 0.0  # exponent of the tokens by which the score is divided
+    SHARE = np.float32(0.2)  # of the mean, of each step
+    BY_SIZE = 0.0
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.mean = [None] * len(self.head.sizes)
+        self.mean = np.zeros(len(self.head.sizes), np.float32)
+        self.weights = np.array(self.head.sizes, np.float32) ** np.float32(self.BY_SIZE)
+        self.values = None
 
     def uses(self, step, hits):
-        for rank, cluster in enumerate(self.head.rankings[step]):
-            now, mean = -math.log2(1.0 + rank), self.mean[cluster]
-            self.mean[cluster] = now if mean is None else self.KEPT * mean + (1 - self.KEPT) * now
+        seen = self.head.rankings[step]
+        self.mean[seen] += self.SHARE * (self.head.scores[step, seen] - self.mean[seen])
+        self.values = self.mean / self.weights
 
     def value(self, cluster):
-        return self.mean[cluster] - self.BY_SIZE * math.log2(self.head.sizes[cluster])
+        return self.values[cluster]
+
+
+class MeanScoreByRoot(MeanScore):
+    """As the product: between all hits alike and all tokens alike."""
+
+    BY_SIZE = 0.5
 
 
 class MeanScoreBySize(MeanScore):
-    """The same, divided by the square root of the tokens: small clusters stay longer."""
+    """All hits alike: what a token of the cache is worth."""
 
-    BY_SIZE = 0.5
+    BY_SIZE = 1.0
 
 
 class Belady(Lru):

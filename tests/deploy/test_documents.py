@@ -60,7 +60,7 @@ def test_formulas_of_the_guide_give_what_the_program_says():
         sums = re.search(rf"^\| {name} \| .* \| ([\d,x+() -]+) \|$", text, re.MULTILINE).group(1)
         value = eval(sums.replace(",", "").replace("x", "*"))  # pylint: disable=eval-used
         # Parts of the state begin on 256 bytes.
-        assert 0 <= said[key] - value < 4 * 256, (name, value, said[key])
+        assert 0 <= said[key] - value < 5 * 256, (name, value, said[key])
 
 
 def test_what_is_left_to_an_engine_is_what_the_program_leaves():

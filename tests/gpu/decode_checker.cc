@@ -28,6 +28,7 @@ DecodeChecker::DecodeChecker(Device& device, Stream& stream, std::vector<TestSeq
     models_.push_back({.cut = 0,
                        .step = 0,
                        .last_used = std::vector<std::map<uint32_t, uint32_t>>(shape().problems()),
+                       .mean_scores = std::vector<std::vector<double>>(shape().problems()),
                        .counters = std::vector<LayerCounters>(shape().layers)});
     batch_.push_back(sequence->slot());
   }
@@ -102,6 +103,7 @@ std::vector<double> DecodeChecker::Scores(size_t i, uint32_t layer, uint32_t kv_
                                                   : 0.0);
   for (const std::vector<double>& query : queries) {
     std::vector<double> own;
+    own.reserve(clusters.size());
     for (const ModelCluster& cluster : clusters)
       own.push_back(Dot(query, cluster.centroid) * scale);
     double sum = 0.0;
@@ -124,7 +126,8 @@ std::vector<double> DecodeChecker::Scores(size_t i, uint32_t layer, uint32_t kv_
 }
 
 DecodeChecker::Selection DecodeChecker::CheckSelection(size_t i, uint32_t layer, uint32_t kv_head,
-                                                       uint32_t budget) {
+                                                       uint32_t budget,
+                                                       const std::vector<double>& scores) {
   TestSequence& sequence = *sequences_[i];
   const StateLayout& layout = sequence.layout();
   const auto& clusters = sequence.clusters(layer, kv_head);
@@ -136,7 +139,6 @@ DecodeChecker::Selection DecodeChecker::CheckSelection(size_t i, uint32_t layer,
   selection.cluster = sequence.state().Download<uint32_t>(layout.selected_cluster + row, count);
   selection.take = sequence.state().Download<uint32_t>(layout.selected_take + row, count);
 
-  const std::vector<double> scores = Scores(i, layer, kv_head);
   // fp32 against double; beyond this a different order is an error.
   const auto above = [&](uint32_t a, uint32_t b) {
     const double floor = sequence.method().group == GroupRule::kSoftmax ? 1e-9 : 1e-5;
@@ -170,6 +172,71 @@ DecodeChecker::Selection DecodeChecker::CheckSelection(size_t i, uint32_t layer,
   return selection;
 }
 
+void DecodeChecker::CheckMeans(size_t i, uint32_t layer, uint32_t kv_head,
+                               const std::vector<double>& scores) {
+  const StateLayout& layout = sequences_[i]->layout();
+  const size_t head = layout.head_index(layer, kv_head);
+  std::vector<double>& means = models_[i].mean_scores[head];
+  means.resize(scores.size(), 0.0);
+  const auto actual = sequences_[i]->state().Download<float>(
+      layout.mean_scores + 4 * head * layout.max_clusters, scores.size());
+  const double floor = layout.group == GroupRule::kSoftmax ? 1e-9 : 1e-4;
+  for (size_t c = 0; c < scores.size(); ++c) {
+    means[c] += 0.2 * (scores[c] - means[c]);
+    EXPECT_NEAR(actual[c], means[c], floor + 2e-4 * std::fabs(means[c])) << "cluster " << c;
+  }
+}
+
+void DecodeChecker::CheckResidence(size_t i, uint32_t layer, uint32_t kv_head,
+                                   const Selection& selection) {
+  TestSequence& sequence = *sequences_[i];
+  const StateLayout& layout = sequence.layout();
+  Model& model = models_[i];
+  const size_t head = layout.head_index(layer, kv_head);
+  const auto& clusters = sequence.clusters(layer, kv_head);
+  const auto tokens = [&](uint32_t c) { return clusters[c].positions.size(); };
+  std::map<uint32_t, uint32_t>& last_used = model.last_used[head];
+  for (uint32_t cluster : selection.cluster) last_used[cluster] = model.step;
+  const size_t first = 4 * head * layout.max_clusters;
+  const auto actual =
+      sequence.state().Download<uint32_t>(layout.last_used + first, clusters.size());
+  std::vector<uint32_t> victims, kept;
+  for (const auto& [cluster, step] : last_used) {
+    if (step != model.step) (actual[cluster] == 0 ? victims : kept).push_back(cluster);
+  }
+  for (uint32_t victim : victims) last_used.erase(victim);
+  for (uint32_t c = 0; c < clusters.size(); ++c) {
+    ASSERT_EQ(actual[c], last_used.contains(c) ? last_used[c] : 0) << "cluster " << c;
+  }
+  size_t used = 0;
+  for (const auto& [cluster, step] : last_used) used += tokens(cluster);
+  const auto free = sequence.state().Download<uint32_t>(layout.free_count + 4 * head, 1).front();
+  ASSERT_EQ(free, layout.cache_tokens - used);
+
+  const auto means = sequence.state().Download<float>(layout.mean_scores + first, clusters.size());
+  const auto worth = [&](uint32_t c) {
+    return layout.group == GroupRule::kSoftmax
+               ? means[c] / std::sqrt(static_cast<double>(tokens(c)))
+               : means[c] - 0.5 * std::log(static_cast<double>(tokens(c)));
+  };
+  // The device compares in fp32: of two that are nearly equal either may go first.
+  const auto goes_before = [&](uint32_t a, uint32_t b) {
+    const double difference = worth(b) - worth(a);
+    return difference > 1e-6 * std::fabs(worth(a)) || (difference == 0.0 && a < b);
+  };
+  bool all_needed = victims.empty();
+  for (uint32_t victim : victims) {
+    for (uint32_t other : kept) {
+      EXPECT_FALSE(goes_before(other, victim)) << "kept " << other << ", evicted " << victim;
+    }
+    const bool may_be_last = std::ranges::none_of(
+        victims, [&](uint32_t other) { return other != victim && goes_before(victim, other); });
+    if (may_be_last && used + tokens(victim) > layout.cache_tokens) all_needed = true;
+  }
+  EXPECT_TRUE(all_needed) << "more was evicted than the misses needed";
+  evictions += victims.size();
+}
+
 void DecodeChecker::CheckCache(size_t i, uint32_t layer, uint32_t kv_head,
                                const Selection& selection, bool slot_table) {
   TestSequence& sequence = *sequences_[i];
@@ -178,46 +245,21 @@ void DecodeChecker::CheckCache(size_t i, uint32_t layer, uint32_t kv_head,
   const size_t head = layout.head_index(layer, kv_head);
   const auto& clusters = sequence.clusters(layer, kv_head);
   const auto tokens = [&](uint32_t c) { return clusters[c].positions.size(); };
-  std::map<uint32_t, uint32_t>& last_used = model.last_used[head];
+  const std::map<uint32_t, uint32_t>& last_used = model.last_used[head];
   LayerCounters& counters = model.counters[layer];
-  std::vector<uint32_t> missing;
   for (uint32_t cluster : selection.cluster) {
-    if (!last_used.contains(cluster)) {
-      missing.push_back(cluster);
-      continue;
+    if (last_used.contains(cluster)) {
+      ++counters.hit_clusters;
+      counters.hit_tokens += tokens(cluster);
+      ++hits;
+    } else {
+      ++counters.missed_clusters;
+      counters.missed_tokens += tokens(cluster);
+      counters.gathered_bytes += tokens(cluster) * layout.row_bytes();
+      ++misses;
     }
-    last_used[cluster] = model.step;
-    ++counters.hit_clusters;
-    counters.hit_tokens += tokens(cluster);
-    ++hits;
   }
-  size_t used = 0;
-  for (const auto& [cluster, step] : last_used) used += tokens(cluster);
-  for (uint32_t cluster : missing) {
-    while (used + tokens(cluster) > layout.cache_tokens) {
-      // Ascending ids: the first of equal steps is the lower id.
-      const auto victim =
-          std::min_element(last_used.begin(), last_used.end(),
-                           [](const auto& a, const auto& b) { return a.second < b.second; });
-      ASSERT_LT(victim->second, model.step) << "a step must not evict its own";
-      used -= tokens(victim->first);
-      last_used.erase(victim);
-      ++evictions;
-    }
-    used += tokens(cluster);
-    last_used[cluster] = model.step;
-    ++counters.missed_clusters;
-    counters.missed_tokens += tokens(cluster);
-    counters.gathered_bytes += tokens(cluster) * layout.row_bytes();
-    ++misses;
-  }
-  const auto actual = sequence.state().Download<uint32_t>(
-      layout.last_used + 4 * head * layout.max_clusters, clusters.size());
-  for (uint32_t c = 0; c < clusters.size(); ++c) {
-    ASSERT_EQ(actual[c], last_used.contains(c) ? last_used[c] : 0) << "cluster " << c;
-  }
-  const auto free = sequence.state().Download<uint32_t>(layout.free_count + 4 * head, 1).front();
-  EXPECT_EQ(free, layout.cache_tokens - used);
+  ASSERT_NO_FATAL_FAILURE(CheckResidence(i, layer, kv_head, selection));
 
   const size_t half = layout.row_bytes() / 2;
   const auto cache = sequence.state().Download<std::byte>(
@@ -279,6 +321,7 @@ void DecodeChecker::CheckOutput(size_t i, uint32_t layer, uint32_t kv_head,
   for (uint32_t p = 0; p < std::min(sequence.length, sequence.method().sink_tokens); ++p) add(p);
   for (uint32_t p = models_[i].cut; p < sequence.length; ++p) add(p);
   std::vector<size_t> left;
+  left.reserve(clusters.size());
   for (const ModelCluster& cluster : clusters) left.push_back(cluster.positions.size());
   for (size_t s = 0; s < selection.cluster.size(); ++s) {
     const auto& members = clusters[selection.cluster[s]].positions;
@@ -342,7 +385,9 @@ void DecodeChecker::Step(uint32_t budget) {
       for (uint32_t kv_head = 0; kv_head < shape().kv_heads; ++kv_head) {
         SCOPED_TRACE("sequence " + std::to_string(i) + " layer " + std::to_string(layer) +
                      " KV head " + std::to_string(kv_head));
-        const Selection selection = CheckSelection(i, layer, kv_head, budget);
+        const std::vector<double> scores = Scores(i, layer, kv_head);
+        const Selection selection = CheckSelection(i, layer, kv_head, budget, scores);
+        CheckMeans(i, layer, kv_head, scores);
         if (testing::Test::HasFailure()) return;
         CheckCache(i, layer, kv_head, selection, !in_one);
         CheckOutput(i, layer, kv_head, selection);

@@ -30,6 +30,7 @@ class DecodeChecker {
     uint32_t cut = 0;
     uint32_t step = 0;
     std::vector<std::map<uint32_t, uint32_t>> last_used;  // [head_index]: resident cluster -> step
+    std::vector<std::vector<double>> mean_scores;         // [head_index][cluster]
     std::vector<LayerCounters> counters;                  // [layer]
   };
   struct Selection {
@@ -39,7 +40,12 @@ class DecodeChecker {
   void UploadStep(uint32_t layer);
   // [group][head_dim]
   std::vector<std::vector<double>> GroupQueries(size_t i, uint32_t kv_head) const;
-  Selection CheckSelection(size_t i, uint32_t layer, uint32_t kv_head, uint32_t budget);
+  Selection CheckSelection(size_t i, uint32_t layer, uint32_t kv_head, uint32_t budget,
+                           const std::vector<double>& scores);
+  void CheckMeans(size_t i, uint32_t layer, uint32_t kv_head, const std::vector<double>& scores);
+  // Touches what was selected, takes the step's victims from the state, and checks that they were
+  // the least worth and no more than needed.
+  void CheckResidence(size_t i, uint32_t layer, uint32_t kv_head, const Selection& selection);
   // slot_table: an operation has left one.
   void CheckCache(size_t i, uint32_t layer, uint32_t kv_head, const Selection& selection,
                   bool slot_table);

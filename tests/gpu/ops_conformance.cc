@@ -76,23 +76,84 @@ TEST_P(OpsShapes, StepsAgreeWithTheirDefinition) {
   }
 }
 
-TEST_P(OpsConformance, CacheFollowsLruOverManySteps) {
+TEST_P(OpsConformance, CacheEvictsTheLeastWorthOverManySteps) {
+  SCOPED_TRACE(SeedTrace(TestSeed()));
+  for (GroupRule rule : {GroupRule::kSoftmax, GroupRule::kMean, GroupRule::kMax}) {
+    SCOPED_TRACE(GroupRuleName(rule));
+    Scenario scenario = SmallScenario(TestSeed());
+    scenario.method.group = rule;
+    scenario.method.cache_tokens = 2 * 50 + 24;  // the least there may be
+    TestSequence sequence(*device_, *stream_, scenario, 1);
+    sequence.IngestPrompt(450);
+    sequence.PublishComplete();
+    DecodeChecker checker(*device_, *stream_, {&sequence}, TestSeed());
+    std::mt19937_64 random(TestSeed());
+    for (int step = 0; step < 100; ++step) {
+      checker.Step(1 + static_cast<uint32_t>(random() % 50));
+      ASSERT_FALSE(HasFailure()) << "step " << step;
+      sequence.PublishComplete();
+    }
+    EXPECT_GT(checker.hits, 100u);
+    EXPECT_GT(checker.misses, 100u);
+    EXPECT_GT(checker.evictions, 20u);
+  }
+}
+
+TEST_P(OpsConformance, SameStepsKeepTheSameClusters) {
   SCOPED_TRACE(SeedTrace(TestSeed()));
   Scenario scenario = SmallScenario(TestSeed());
-  scenario.method.cache_tokens = 2 * 50 + 24;  // the least there may be
-  TestSequence sequence(*device_, *stream_, scenario, 1);
-  sequence.IngestPrompt(450);
-  sequence.PublishComplete();
-  DecodeChecker checker(*device_, *stream_, {&sequence}, TestSeed());
-  std::mt19937_64 random(TestSeed());
-  for (int step = 0; step < 100; ++step) {
-    checker.Step(1 + static_cast<uint32_t>(random() % 50));
-    ASSERT_FALSE(HasFailure()) << "step " << step;
+  scenario.method.cache_tokens = 2 * 50 + 24;
+  const auto run = [&] {
+    TestSequence sequence(*device_, *stream_, scenario, 1);
+    sequence.IngestPrompt(450);
     sequence.PublishComplete();
+    DecodeChecker checker(*device_, *stream_, {&sequence}, TestSeed());
+    for (int step = 0; step < 20; ++step) checker.Step(50);
+    EXPECT_GT(checker.evictions, 0u);
+    const StateLayout& layout = sequence.layout();
+    // Last use and mean scores, bit by bit.
+    return sequence.state().Download<uint32_t>(layout.last_used,
+                                               (layout.free_slots - layout.last_used) / 4);
+  };
+  const std::vector<uint32_t> first = run();
+  EXPECT_EQ(run(), first);
+}
+
+TEST_P(OpsConformance, MeanScoresSurviveAStepThatIsNotFinite) {
+  Scenario scenario = SmallScenario(TestSeed());
+  TestSequence sequence(*device_, *stream_, scenario, 1);
+  sequence.IngestPrompt(200);
+  sequence.PublishComplete();
+  const std::vector<BatchSlot> batch = {sequence.slot()};
+  const StateLayout& layout = sequence.layout();
+  const size_t clusters = sequence.clusters(0, 0).size();
+  DecodeOps& ops = device_->decode_ops();
+  TestBuffer queries(*device_, *stream_, 6 * 64 * 2);
+  const QuerySource source = {
+      .q = queries.data(), .batch_stride = 6 * 64 * 2, .head_stride = 64 * 2};
+  TestBuffer out(*device_, *stream_, 6 * 64 * 4);
+  const AttentionTarget target = {
+      .out = reinterpret_cast<float*>(out.data()), .batch_stride = 6 * 64, .head_stride = 64};
+  const auto means_after = [&](double element, bool in_one) {
+    std::vector<std::byte> values(6 * 64 * 2);
+    for (size_t e = 0; e < 6 * 64; ++e) StoreValue(DType::kFp16, element, &values[e * 2]);
+    queries.Upload(values.data(), values.size());
+    EXPECT_TRUE(ops.BeginStep(*stream_, batch).ok());
+    if (in_one) {
+      EXPECT_TRUE(ops.DecodeLayer(*stream_, batch, 0, source, 50, target).ok());
+    } else {
+      EXPECT_TRUE(ops.Select(*stream_, batch, 0, source, 50).ok());
+    }
+    return sequence.state().Download<float>(layout.mean_scores, clusters);
+  };
+  for (bool in_one : {false, true}) {
+    // Equal scores: each query head of three gives every cluster the same share.
+    const auto share = static_cast<float>(3.0 / static_cast<double>(clusters));
+    for (float mean : means_after(0.0, in_one)) EXPECT_NEAR(mean, 0.2f * share, 1e-6f);
+    for (float mean : means_after(std::nan(""), in_one)) EXPECT_EQ(mean, 0.0f);
+    for (float mean : means_after(0.0, in_one)) EXPECT_NEAR(mean, 0.2f * share, 1e-6f);
+    for (float mean : means_after(std::nan(""), in_one)) EXPECT_EQ(mean, 0.0f);
   }
-  EXPECT_GT(checker.hits, 100u);
-  EXPECT_GT(checker.misses, 100u);
-  EXPECT_GT(checker.evictions, 50u);
 }
 
 TEST_P(OpsConformance, RetrieveAllEqualsDenseForAnyHistory) {
@@ -106,7 +167,7 @@ TEST_P(OpsConformance, RetrieveAllEqualsDenseForAnyHistory) {
     sequence.IngestPrompt(static_cast<uint32_t>(random() % 300));
     sequence.PublishComplete();
     DecodeChecker checker(*device_, *stream_, {&sequence}, random());
-    for (int step = 0; step < 60; ++step) {
+    for (int step = 0; step < 100; ++step) {
       // The checker compares with all it selected: here that is every token.
       checker.Step(600);
       ASSERT_FALSE(HasFailure()) << "round " << round << " step " << step;

@@ -48,6 +48,7 @@ std::vector<Array> Arrays(const StateLayout& l) {
           {l.cache, all * l.cache_tokens * 2 * mean},
           {l.slot_of_row, all * l.max_rows * 4},
           {l.last_used, all * l.max_clusters * 4},
+          {l.mean_scores, all * l.max_clusters * 4},
           {l.free_slots, all * l.cache_tokens * 4},
           {l.free_count, all * 4},
           {l.selected_count, heads * 4},

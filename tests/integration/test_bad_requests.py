@@ -544,7 +544,7 @@ def test_the_last_call_can_be_repeated_and_layers_go_in_order(scene):
 
 def hello(**fields):
     return v1.SessionRequest(hello=v1.Hello(**{
-        "protocol_version_min": 1, "protocol_version_max": 1, "state_layout_versions": [0],
+        "protocol_version_min": 1, "protocol_version_max": 1, "state_layout_versions": [1],
         "client_name": "bad", **fields}))
 
 
@@ -559,8 +559,8 @@ def group(**fields):
     ([hello(protocol_version_min=0, protocol_version_max=0)], EARLY, "0 to 0 offered"),
     ([hello(protocol_version_min=U32, protocol_version_max=U32)], EARLY, f"{U32} to {U32}"),
     ([hello(protocol_version_min=2, protocol_version_max=0)], EARLY, "2 to 0 offered"),
-    ([hello(state_layout_versions=[])], EARLY, r"layout versions \[\] offered.* writes 0"),
-    ([hello(state_layout_versions=[1, U32])], EARLY, rf"\[1, {U32}\] offered"),
+    ([hello(state_layout_versions=[])], EARLY, r"layout versions \[\] offered.* writes 1"),
+    ([hello(state_layout_versions=[0, U32])], EARLY, rf"\[0, {U32}\] offered"),
     ([hello(client_name="n" * 129)], INVALID, "client_name has 129 bytes, at most 128"),
     ([hello(group=group(id="g" * 129))], INVALID, "id of 129 bytes"),
     ([hello(group=group(world_size=0))], INVALID, "world_size 0"),

@@ -90,7 +90,7 @@ class Worker:
         self.attach_socket = None
         self._requests = queue.SimpleQueue()
         self._requests.put(v1.SessionRequest(hello=v1.Hello(
-            protocol_version_min=1, protocol_version_max=1, state_layout_versions=[0],
+            protocol_version_min=1, protocol_version_max=1, state_layout_versions=[1],
             client_name=name)))
         self.stream = self.stub.Session(iter(self._requests.get, None))
         first = next(self.stream)

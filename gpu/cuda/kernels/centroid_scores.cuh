@@ -1,6 +1,7 @@
 // Scores of centroids, q·mu * scale, by the tensor cores.
 #pragma once
 
+#include "gpu/cluster_worth.h"
 #include "gpu/cuda/kernels/attend_tile.cuh"
 
 namespace clusterkv::gpu::cuda {
@@ -70,6 +71,11 @@ __device__ inline float CombineScores(GroupRule rule, const float* scores, uint3
     }
   }
   return combined;
+}
+
+// The running mean with one more of CombineScores; logits count in natural logarithms.
+__device__ inline float NextMeanCombined(GroupRule rule, float mean, float combined) {
+  return NextMeanScore(mean, rule == GroupRule::kSoftmax ? combined : combined * (1.0f / kLog2E));
 }
 
 }  // namespace clusterkv::gpu::cuda

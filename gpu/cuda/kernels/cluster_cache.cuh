@@ -1,6 +1,7 @@
 // The cluster cache of one (layer, KV head): where host chunks are mapped, and who makes room.
 #pragma once
 
+#include "gpu/cluster_worth.h"
 #include "gpu/cuda/kernels/state_access.cuh"
 #include "gpu/cuda/kernels/weighted_prefix.cuh"
 
@@ -27,7 +28,7 @@ struct EvictShared {
   bool damaged;    // false before
 };
 
-// Frees the slots of the least recently used clusters until `needed` more are free; those of this
+// Frees the slots of the clusters of the least worth until `needed` more are free; those of this
 // step stay. keys, weights: room for `clusters`; victims: too. All threads of the block.
 template <uint32_t kThreads>
 __device__ void Evict(const DeviceState& state, size_t head, uint32_t clusters, uint32_t needed,
@@ -36,11 +37,15 @@ __device__ void Evict(const DeviceState& state, size_t head, uint32_t clusters, 
   const uint32_t cache_tokens = state.block().cache_tokens;
   const ClusterEntry* const entries = state.clusters(head);
   uint32_t* const last_used = state.last_used(head);
+  const float* const mean_scores = state.mean_scores(head);
   for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
     const uint32_t used = last_used[c];
-    // Least recently used first. 0 is no victim: not resident, or of this step.
-    keys[c] = used == 0 || used == step ? 0 : max(1u, ~used);
-    weights[c] = state.ClusterTokens(entries[c]);
+    const uint32_t tokens = state.ClusterTokens(entries[c]);
+    // The least worth first. 0 is no victim: not resident, or of this step.
+    keys[c] = used == 0 || used == step
+                  ? 0
+                  : ~OrderedKey(ClusterWorth(state.block().group, mean_scores[c], tokens));
+    weights[c] = tokens;
   }
   __syncthreads();
   const uint32_t count =

@@ -3,7 +3,7 @@
 // A team of blocks, a thread block cluster, has one KV head of one slot:
 //
 //   every block:  scores its share of the centroids ─► maxima and sums to all blocks
-//                 its keys, sizes, residence ─► the first block
+//                 its running means; its keys, sizes, residence ─► the first block
 //   the first:    prefix to the budget ─► touch, evict, slots for misses ─► a list of rows
 //   every block:  attends to its share of sinks, window, resident rows; then of the missed ones,
 //                 which come from the host store into the tile and go on to their slots
@@ -74,12 +74,15 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
                                begin, share, group, scratch, item);
   const ClusterEntry* const entries = state.clusters(head);
   const uint32_t* const last_used = state.last_used(head);
+  float* const mean_scores = state.mean_scores(head);
   // Of the thread's first cluster, now already: the centroids take as long.
   ClusterEntry first_entry = {};
   uint32_t first_used = 0;
+  float first_mean = 0.0f;
   if (begin + threadIdx.x < end) {
     first_entry = entries[begin + threadIdx.x];
     first_used = last_used[begin + threadIdx.x];
+    first_mean = mean_scores[begin + threadIdx.x];
   }
   WaitCopies<0>();
   __syncthreads();
@@ -108,8 +111,15 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
       const bool first = c == begin + threadIdx.x;
       const ClusterEntry cluster = first ? first_entry : entries[c];
       const uint32_t resident = (first ? first_used : last_used[c]) != 0 ? 0 : kMissed;
-      keys[c] = OrderedKey(CombineScores(block.group, choice.scores + (c - choice.base),
-                                         choice.stride, group, shared.largest, shared.inverse_sum));
+      const float combined =
+          CombineScores(block.group, choice.scores + (c - choice.base), choice.stride, group,
+                        shared.largest, shared.inverse_sum);
+      // As Select, which scores nothing without a budget.
+      if (budget > 0) {
+        const float mean = first ? first_mean : mean_scores[c];
+        mean_scores[c] = NextMeanCombined(block.group, mean, combined);
+      }
+      keys[c] = OrderedKey(combined);
       keys[clusters + c] = state.ClusterTokens(cluster);
       keys[2 * clusters + c] = (cluster.first_row & ~kMissed) | resident;
       if (block.estimate != 0) scratch.taken[item * scratch.clusters + c] = 0;

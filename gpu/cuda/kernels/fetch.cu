@@ -1,8 +1,8 @@
 // Fetch: the cluster cache of one (layer, KV head), by one block.
 //
 //   selected ─► resident? ─yes─► touched          slots of the first `take` rows of each
-//                  └─no──► slots (free, else the   ──────────────────────────────────────► table
-//                          least recently used's) ─► rows gathered from the host store
+//                  └─no──► slots (free, else those ──────────────────────────────────────► table
+//                          of the least worth) ─► rows gathered from the host store
 //
 // Without misses: a few dependent reads of L2, a handful of barriers. Misses cost the way over
 // PCIe: runs of their rows come by bulk copies into shared memory and go on to their slots, up to

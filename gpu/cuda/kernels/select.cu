@@ -2,6 +2,7 @@
 //
 //   blocks (split, KV head, slot):  scores q·mu * scale of a range of centroids ─► scratch
 //   the last block of a head:       group rule ─► keys ─► prefix to the budget ─► lists
+//                                             └─► the running means that Fetch evicts by
 //
 // Reads each visible centroid once, group x head_dim x 2 FLOPs for each; the second part is
 // latency: about a dozen barriers over data in L2. The host backend chooses the same wherever
@@ -106,6 +107,7 @@ __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_hea
   const StateBlock& block = state.block();
   const size_t head = HeadIndex(block, layer, kv_head);
   const ClusterEntry* const entries = state.clusters(head);
+  float* const mean_scores = state.mean_scores(head);
   const GroupRule rule = block.group;
   if (rule == GroupRule::kSoftmax) SumPowers(scores, stride, clusters, group, shared);
   __syncthreads();
@@ -114,9 +116,10 @@ __device__ void Choose(const DeviceState& state, uint32_t layer, uint32_t kv_hea
   uint32_t* const keys = in_shared ? shared.keys : reinterpret_cast<uint32_t*>(scores);
   uint32_t* const weights = in_shared ? shared.weights : taken;
   for (uint32_t c = threadIdx.x; c < clusters; c += kThreads) {
-    const uint32_t key = OrderedKey(
-        CombineScores(rule, scores + c, stride, group, shared.largest, shared.inverse_sum));
-    keys[c] = key;
+    const float combined =
+        CombineScores(rule, scores + c, stride, group, shared.largest, shared.inverse_sum);
+    mean_scores[c] = NextMeanCombined(rule, mean_scores[c], combined);
+    keys[c] = OrderedKey(combined);
     weights[c] = state.ClusterTokens(entries[c]);
   }
   __syncthreads();

@@ -75,6 +75,9 @@ class DeviceState {
   __device__ uint32_t* last_used(size_t head) const {
     return At<uint32_t>(state_, block_.last_used) + head * block_.max_clusters;
   }
+  __device__ float* mean_scores(size_t head) const {
+    return At<float>(state_, block_.mean_scores) + head * block_.max_clusters;
+  }
   __device__ uint32_t* free_slots(size_t head) const {
     return At<uint32_t>(state_, block_.free_slots) + head * block_.cache_tokens;
   }

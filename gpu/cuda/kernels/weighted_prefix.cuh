@@ -1,5 +1,5 @@
 // The shortest prefix, in falling (key, then rising id), whose weights reach a goal: the clusters
-// of the highest score that fill a budget, or the least recently used that free enough room.
+// of the highest score that fill a budget, or those of the least worth that free enough room.
 //
 // One block does it. Weights and counts by the distance to the largest key, in steps of a quarter
 // of a power of two where keys are scores, tell which keys must be looked at. If these are few, as
