@@ -57,6 +57,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
   explicit GatedDevice(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}
 
   Gate stage, cluster, shared;
+  std::atomic<bool> counts = true;  // who maps shared memory
   std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
   std::atomic<size_t> largest_allocation = SIZE_MAX;   // not of shared memory
   std::atomic<uint32_t> fail_steps_of_generation = 0;  // by an error bit; 0: none
@@ -75,6 +76,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
       std::byte* data, size_t bytes, gpu::MapAccess access) override {
     return device_->RegisterHost(data, bytes, access);
   }
+  bool counts_importers() const override { return counts; }
   bool computes_on_host_memory() const override { return device_->computes_on_host_memory(); }
   absl::StatusOr<std::unique_ptr<gpu::Stream>> CreateStream(const std::string& name) override {
     return device_->CreateStream(name);
