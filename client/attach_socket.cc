@@ -6,8 +6,10 @@
 #include <sys/time.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <utility>
 
@@ -103,6 +105,17 @@ absl::StatusOr<AttachPacket> AttachSocket::Receive() {
   }
   if (waits[0].revents != 0) return absl::CancelledError("attach socket: no longer read");
   return ReceiveNow();
+}
+
+absl::StatusOr<AttachPacket> AttachSocket::Receive(const Deadline& deadline) {
+  while (true) {
+    pollfd wait = {.fd = fd_.get(), .events = POLLIN, .revents = 0};
+    const int64_t milliseconds = absl::ToInt64Milliseconds(deadline.remaining()) + 1;
+    const int ready = poll(&wait, 1, static_cast<int>(std::min<int64_t>(milliseconds, INT_MAX)));
+    if (ready > 0) return ReceiveNow();
+    if (ready < 0 && errno != EINTR) return absl::ErrnoToStatus(errno, "attach socket: poll");
+    if (deadline.passed()) return absl::DeadlineExceededError("attach socket: no answer in time");
+  }
 }
 
 absl::StatusOr<AttachPacket> AttachSocket::ReceiveNow() {

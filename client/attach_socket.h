@@ -29,17 +29,23 @@ class AttachSocket {
   // Waits for a packet. Errors: UNAVAILABLE (closed), INTERNAL (not a message of the protocol),
   // CANCELLED (StopReceiving).
   absl::StatusOr<AttachPacket> Receive();
+  // As Receive, but DEADLINE_EXCEEDED if none comes in time.
+  absl::StatusOr<AttachPacket> Receive(const Deadline& deadline);
   // Ends a Receive that waits, and later ones; the daemon does not notice.
   void StopReceiving();
   // Nothing more will be sent; waits until the daemon has closed, too. A socket that is closed
   // with packets unread would reset the connection, and the daemon would lose our last ones.
   void Finish(const Deadline& deadline);
+  // The socket itself, for what else is spoken over it.
+  static gpu::UniqueFd Release(std::unique_ptr<AttachSocket> socket) {
+    return std::move(socket->fd_);
+  }
 
  private:
   AttachSocket(gpu::UniqueFd fd, gpu::UniqueFd stop) : fd_(std::move(fd)), stop_(std::move(stop)) {}
   absl::StatusOr<AttachPacket> ReceiveNow();
 
-  const gpu::UniqueFd fd_;
+  gpu::UniqueFd fd_;          // constant until it is taken
   const gpu::UniqueFd stop_;  // eventfd; readable once StopReceiving was called
 };
 

@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "client/grpc_status.h"
+
 namespace clusterkv::client {
 
 AuditHelper::AuditHelper(Send send) : send_(std::move(send)) {
@@ -13,10 +15,10 @@ AuditHelper::AuditHelper(Send send) : send_(std::move(send)) {
 
 AuditHelper::~AuditHelper() { Stop(); }
 
-void AuditHelper::Submit(v1::AuditStepRequest request) {
+void AuditHelper::Submit(AuditSample sample) {
   const std::lock_guard lock(mutex_);
   if (stop_ || queue_.size() >= kMaxQueued) return;
-  queue_.push_back(std::move(request));
+  queue_.push_back(std::move(sample));
   changed_.notify_all();
 }
 
@@ -28,10 +30,11 @@ void AuditHelper::Flush(const Deadline& deadline) {
 
 void AuditHelper::Stop() {
   if (!thread_.joinable()) return;
+  std::deque<AuditSample> dropped;
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
-    queue_.clear();
+    dropped.swap(queue_);
     changed_.notify_all();
   }
   thread_.join();
@@ -42,11 +45,13 @@ void AuditHelper::Run() {
   while (true) {
     changed_.wait(lock, [this] { return stop_ || !queue_.empty(); });
     if (stop_) return;
-    const v1::AuditStepRequest request = std::move(queue_.front());
-    queue_.pop_front();
-    sending_ = true;
-    lock.unlock();
-    send_(request);
+    {
+      AuditSample sample = std::move(queue_.front());
+      queue_.pop_front();
+      sending_ = true;
+      lock.unlock();
+      if (MayHaveHappened(send_(sample.request))) sample.slot.Abandon();
+    }
     lock.lock();
     sending_ = false;
     changed_.notify_all();

@@ -1,4 +1,4 @@
-// Sends audited steps to the daemon on a thread of its own, so that no step waits for one. An audit
+// Sends sampled steps to the daemon on a thread of its own, so that no step waits for it. An audit
 // is never worth more than that: what does not fit the queue, or is refused, is dropped.
 #pragma once
 
@@ -9,21 +9,29 @@
 #include <mutex>
 #include <thread>
 
+#include "absl/status/status.h"
+#include "client/audit_ring.h"
 #include "client/deadline.h"
 #include "clusterkv/v1/sequence.pb.h"
 
 namespace clusterkv::client {
 
+// A step that is complete: what `request` names lies in the slot.
+struct AuditSample {
+  AuditRing::Slot slot;
+  v1::AuditStepRequest request;
+};
+
 // Thread-safe.
 class AuditHelper {
  public:
   // Bounded; called on the helper's thread.
-  using Send = std::function<void(const v1::AuditStepRequest&)>;
+  using Send = std::function<absl::Status(const v1::AuditStepRequest&)>;
 
   explicit AuditHelper(Send send);
   ~AuditHelper();
 
-  void Submit(v1::AuditStepRequest request);
+  void Submit(AuditSample sample);
   // Waits until what was submitted has been sent, the deadline, or Stop.
   void Flush(const Deadline& deadline);
   // Drops what is queued and ends the thread. Idempotent.
@@ -37,8 +45,8 @@ class AuditHelper {
   const Send send_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  // Guarded by mutex_.
-  std::deque<v1::AuditStepRequest> queue_;
+  // Guarded by mutex_. Samples are destroyed without it.
+  std::deque<AuditSample> queue_;
   bool sending_ = false;
   bool stop_ = false;
   std::thread thread_;  // joined by Stop; touched by the owner only

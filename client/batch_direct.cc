@@ -22,8 +22,9 @@ absl::StatusOr<std::unique_ptr<DecodeBatch>> DirectBatch::Create(
   std::unique_ptr<StepAudit> audit;
   ClientSession& session = sequences.front()->session();
   if (session.audit() != nullptr && !options.captured) {
-    CKV_ASSIGN_OR_RETURN(audit, StepAudit::Create(device, sequences.front()->options().shape,
-                                                  sequences.size(), session.options().audit_rate));
+    // The daemon may have no room for a ring, or be draining: that is no reason not to decode.
+    auto made = StepAudit::Create(sequences, session.options().audit_rate);
+    if (made.ok()) audit = *std::move(made);
   }
   return std::unique_ptr<DecodeBatch>(new DirectBatch(
       std::move(sequences), options, std::move(stream), std::move(errors), std::move(audit)));
@@ -104,21 +105,18 @@ absl::Status DirectBatch::Attend(uint32_t layer, const gpu::QuerySource& queries
   const gpu::AttentionTarget filled = audited ? audit_->WithLse(target) : target;
   CKV_RETURN_IF_ERROR(
       ops().DecodeLayer(*stream_, slots_, layer, queries, step_.budget_tokens(), filled));
-  if (audited) CKV_RETURN_IF_ERROR(SubmitAudit(queries, filled));
+  if (audited) {
+    CKV_RETURN_IF_ERROR(audit_->Take(*stream_, slots_[audit_->index()], queries, filled));
+  }
   step_.Attended();
   return absl::OkStatus();
 }
 
-absl::Status DirectBatch::SubmitAudit(const gpu::QuerySource& queries,
-                                      const gpu::AttentionTarget& target) {
-  const size_t index = audit_->index();
-  SequenceImpl& sequence = *step_.sequences()[index];
-  CKV_ASSIGN_OR_RETURN(v1::AuditStepRequest request, audit_->Take(*stream_, slots_[index], queries,
-                                                                  target, step_.budget_tokens()));
-  *request.mutable_session() = sequence.session().reference();
-  request.set_sequence_id(sequence.id());
-  sequence.session().audit()->Submit(std::move(request));
-  return absl::OkStatus();
+void DirectBatch::Submit(AuditSample sample) const {
+  const SequenceImpl& sequence = *step_.sequences()[audit_->index()];
+  *sample.request.mutable_session() = sequence.session().reference();
+  sample.request.set_sequence_id(sequence.id());
+  sequence.session().audit()->Submit(std::move(sample));
 }
 
 absl::StatusOr<std::vector<int32_t>> DirectBatch::Selection(size_t index) {
@@ -156,11 +154,14 @@ absl::Status DirectBatch::Close(absl::Status status) {
   if (status.ok()) status = passed;
   if (status.ok()) status = StepErrors();
   begun_ = false;
+  // Of a step that failed it is dropped.
+  std::optional<AuditSample> sample = audit_ != nullptr ? audit_->End() : std::nullopt;
   if (!status.ok()) {
     step_.Abandon(status);
     return status;
   }
   step_.Finish();
+  if (sample.has_value()) Submit(std::move(*sample));
   return absl::OkStatus();
 }
 

@@ -39,7 +39,7 @@ class DirectBatch final : public DecodeBatch {
   absl::Status Open(uint32_t budget_tokens);
   absl::Status Close(absl::Status status);
   absl::Status CheckCaptured() const;
-  absl::Status SubmitAudit(const gpu::QuerySource& queries, const gpu::AttentionTarget& target);
+  void Submit(AuditSample sample) const;
   absl::Status StepErrors() const;
 
   DecodeStep step_;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/grpc_status.h"
 #include "gpu/status_macros.h"
 
 namespace clusterkv::client {
@@ -13,6 +14,7 @@ namespace {
 // gRPC takes 4 MiB, and copies it more than once: about a millisecond for each.
 constexpr uint64_t kMaxInlineBytes = 1 << 20;
 constexpr uint64_t kArenaAlignment = 64;
+constexpr uint64_t kMaxVarintBytes = 10;  // of a position
 
 uint64_t Aligned(uint64_t bytes) {
   return (bytes + kArenaAlignment - 1) / kArenaAlignment * kArenaAlignment;
@@ -60,6 +62,7 @@ ServedBatch::ServedBatch(std::vector<SequenceImpl*> sequences, const BatchOption
       options_(options),
       session_(step_.sequences().front()->session()),
       item_(step_.shape()),
+      calls_(session_.OpenFetchCalls()),
       selected_(step_.sequences().size()) {}
 
 ServedBatch::~ServedBatch() {
@@ -150,15 +153,22 @@ absl::StatusOr<v1::FetchClustersRequest> ServedBatch::MakeRequest(uint32_t layer
   return request;
 }
 
+uint64_t ServedBatch::AnswerBytes() const {
+  const uint64_t outputs = uses_arena() ? 0 : item_.output_bytes;
+  const uint64_t selected =
+      options_.want_selection ? uint64_t{step_.shape().kv_heads} * step_.budget_tokens() : 0;
+  return step_.sequences().size() * (outputs + selected * kMaxVarintBytes);
+}
+
 absl::Status ServedBatch::Attend(uint32_t layer, const gpu::QuerySource& queries,
                                  const gpu::AttentionTarget& target) {
   CKV_RETURN_IF_ERROR(step_.CheckAttend(layer, queries, target));
   CKV_RETURN_IF_ERROR(session_.health());
-  CKV_ASSIGN_OR_RETURN(const v1::FetchClustersRequest request, MakeRequest(layer, queries));
+  CKV_ASSIGN_OR_RETURN(v1::FetchClustersRequest request, MakeRequest(layer, queries));
   const absl::StatusOr<v1::FetchClustersReply> reply =
-      session_.connection().FetchClusters(request, session_.RpcDeadline());
+      calls_.Call(std::move(request), AnswerBytes(), session_.RpcDeadline());
   if (!reply.ok()) {
-    in_doubt_ = absl::IsDeadlineExceeded(reply.status()) || absl::IsUnavailable(reply.status());
+    in_doubt_ = MayHaveHappened(reply.status());
     return reply.status();
   }
   in_doubt_ = false;

@@ -1,5 +1,6 @@
-// Sequences whose steps the daemon runs: one FetchClusters a layer. Inputs and outputs travel
-// inline, or through an arena where they are too large for a message to be cheap.
+// Sequences whose steps the daemon runs: one FetchClusters a layer, over the batch's own connection
+// or by gRPC. Inputs and outputs travel inline, or through an arena where they are too large for a
+// message to be cheap.
 #pragma once
 
 #include <cstddef>
@@ -12,6 +13,7 @@
 #include "client/client.h"
 #include "client/client_session.h"
 #include "client/decode_step.h"
+#include "client/fetch_calls.h"
 #include "client/kv_packer.h"
 #include "client/sequence_impl.h"
 
@@ -50,6 +52,7 @@ class ServedBatch final : public DecodeBatch {
   bool uses_arena() const { return arena_.memory != nullptr; }
   absl::StatusOr<v1::FetchClustersRequest> MakeRequest(uint32_t layer,
                                                        const gpu::QuerySource& queries);
+  uint64_t AnswerBytes() const;  // at most so many, of outputs and selections
   absl::Status PlaceInput(v1::TensorRef* place, const StridedRows& rows, uint64_t offset);
   absl::Status TakeReply(uint32_t layer, const v1::FetchClustersReply& reply,
                          const gpu::AttentionTarget& target);
@@ -60,6 +63,7 @@ class ServedBatch final : public DecodeBatch {
   const BatchOptions options_;
   ClientSession& session_;
   const ItemLayout item_;
+  FetchCalls calls_;
   // Only with an arena.
   Arena arena_;
   std::unique_ptr<gpu::Stream> stream_;

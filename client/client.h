@@ -49,9 +49,15 @@ struct ClientOptions {
   absl::Duration rpc_timeout = absl::Seconds(30);
   int device_threads = 0;  // of the host backend's direct fetch; 0 = all cores
   // Share of the direct steps, 0 to 1, that the daemon compares with exact attention, a layer of a
-  // sequence each, for its metrics of recall and missed attention. Such a step waits once more for
-  // its stream. Captured batches take no part.
+  // sequence each, for its metrics of recall and missed attention. No step waits for that: samples
+  // pass through a ring in device memory, some MiB for all batches, and what does not fit is
+  // dropped. Captured batches take no part, nor does one that is made when the daemon has no memory
+  // for the ring.
   double audit_rate = 0;
+  // Served steps by gRPC alone. Otherwise each served batch has a connection of its own beside it,
+  // for its calls that fit a packet of 128 KiB (proto/clusterkv/v1/fetch.proto): they cost a
+  // fraction of gRPC's time.
+  bool served_by_grpc = false;
 };
 
 struct SequenceOptions {

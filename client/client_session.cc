@@ -39,10 +39,6 @@ absl::Status CheckOptions(const ClientOptions& options) {
   return absl::OkStatus();
 }
 
-bool MayRepeat(const absl::Status& status) {
-  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
-}
-
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<ClientSession>> ClientSession::Open(const ClientOptions& options) {
@@ -64,7 +60,8 @@ ClientSession::ClientSession(const ClientOptions& options)
           ring_) {
   if (options.audit_rate <= 0) return;
   audit_ = std::make_unique<AuditHelper>([this](const v1::AuditStepRequest& request) {
-    if (health().ok()) connection_->AuditStep(request, RpcDeadline()).IgnoreError();
+    const absl::Status ended = health();
+    return ended.ok() ? connection_->AuditStep(request, RpcDeadline()).status() : ended;
   });
 }
 
@@ -92,7 +89,8 @@ absl::Status ClientSession::OpenParts() {
                                                    .device = welcome.device(),
                                                    .threads = options_.device_threads}));
   CKV_ASSIGN_OR_RETURN(copy_stream_, device_->CreateStream("ckv-copy"));
-  AttachOptions attach_options{.path = ResolveAttachPath(address, welcome.attach_path()),
+  attach_path_ = ResolveAttachPath(address, welcome.attach_path());
+  AttachOptions attach_options{.path = attach_path_,
                                .session_token = welcome.session_token(),
                                .boot_epoch = reference_.boot_epoch(),
                                .device = device_.get(),
@@ -121,6 +119,7 @@ void ClientSession::Close() {
   {
     const std::lock_guard lock(mutex_);
     idle_io_.clear();
+    audit_ring_.reset();
   }
   if (attach_ != nullptr) attach_->Close();
   if (stream_ != nullptr) stream_->Close();
@@ -165,6 +164,27 @@ void ClientSession::ReturnIoArena(Arena arena) {
   if (!closed_) idle_io_.push_back(std::move(arena));
 }
 
+FetchCalls ClientSession::OpenFetchCalls() {
+  std::unique_ptr<FetchSocket> socket;
+  if (!options_.served_by_grpc) {
+    auto connected = FetchSocket::Connect(attach_path_, RpcDeadline());
+    if (connected.ok()) socket = *std::move(connected);
+  }
+  return FetchCalls(*connection_, std::move(socket));
+}
+
+absl::StatusOr<std::shared_ptr<AuditRing>> ClientSession::AuditRingFor(uint64_t slot_bytes) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (audit_ring_ != nullptr && audit_ring_->bytes() >= slot_bytes) return audit_ring_;
+  }
+  CKV_ASSIGN_OR_RETURN(Arena arena, AllocateArena(AuditRing::BytesFor(slot_bytes)));
+  auto ring = std::make_shared<AuditRing>(std::move(arena));
+  const std::lock_guard lock(mutex_);
+  if (!closed_) audit_ring_ = ring;
+  return ring;
+}
+
 absl::Status ClientSession::SendRange(const v1::IngestTokensRequest& request,
                                       const Deadline& deadline) {
   absl::Status status;
@@ -173,7 +193,7 @@ absl::Status ClientSession::SendRange(const v1::IngestTokensRequest& request,
     // A share of the time each, so that one lost reply leaves time to ask again.
     const Deadline share = deadline.Within(options_.rpc_timeout / kSendAttempts);
     status = connection_->IngestTokens(request, share).status();
-    if (!MayRepeat(status) || deadline.passed()) break;
+    if (!MayHaveHappened(status) || deadline.passed()) break;
   }
   return status;
 }

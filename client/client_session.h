@@ -13,10 +13,13 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "client/arena.h"
 #include "client/attach_client.h"
 #include "client/audit_helper.h"
+#include "client/audit_ring.h"
 #include "client/client.h"
 #include "client/connection.h"
+#include "client/fetch_calls.h"
 #include "client/ingest_helper.h"
 #include "client/ring_allocator.h"
 #include "client/sequence_link.h"
@@ -24,11 +27,6 @@
 #include "gpu/device.h"
 
 namespace clusterkv::client {
-
-struct Arena {
-  uint32_t id = 0;
-  std::shared_ptr<gpu::DeviceMemory> memory;
-};
 
 // Thread-safe. Shared, so that a sequence that outlives its client finds a closed session rather
 // than freed memory.
@@ -64,6 +62,12 @@ class ClientSession final : private SessionListener {
   // ends, so one that a batch no longer needs serves the next. Errors: as AllocateArena.
   absl::StatusOr<Arena> TakeIoArena(uint64_t bytes);
   void ReturnIoArena(Arena arena);
+  // One ring for all batches; for one whose slots are larger than that a new one takes its place.
+  // Errors: as AllocateArena.
+  absl::StatusOr<std::shared_ptr<AuditRing>> AuditRingFor(uint64_t slot_bytes);
+
+  // By a connection of their own, or by gRPC where the daemon or the options have none.
+  FetchCalls OpenFetchCalls();
 
   // One IngestTokens, again with the same key if it is not known whether the daemon took it.
   absl::Status SendRange(const v1::IngestTokensRequest& request, const Deadline& deadline);
@@ -92,6 +96,7 @@ class ClientSession final : private SessionListener {
 
   const ClientOptions options_;
   v1::SessionRef reference_;
+  std::string attach_path_;
   RingAllocator ring_;
   std::unique_ptr<Connection> connection_;
   std::unique_ptr<gpu::Device> device_;
@@ -111,6 +116,7 @@ class ClientSession final : private SessionListener {
   bool closed_ = false;
   std::map<uint64_t, std::shared_ptr<SequenceLink>> sequences_;
   std::vector<Arena> idle_io_;
+  std::shared_ptr<AuditRing> audit_ring_;  // null until a batch needs it
 
   IngestHelper helper_;
   std::unique_ptr<AuditHelper> audit_;

@@ -118,6 +118,12 @@ Connection::Connection(std::string address, std::unique_ptr<Stubs> stubs)
 
 Connection::~Connection() = default;
 
+std::string Connection::NextRequestId() { return stubs_->ids.Next(); }
+
+std::string Connection::Describe(const char* call, const std::string& request_id) const {
+  return WithId(absl::StrCat(call, " at ", address_), request_id);
+}
+
 std::unique_ptr<SessionCall> Connection::OpenSession() {
   return std::make_unique<GrpcSessionCall>(*stubs_->stub, address_, stubs_->ids.Next());
 }

@@ -36,6 +36,10 @@ class Connection {
   ~Connection();
 
   const std::string& address() const { return address_; }
+  // For calls that go another way than this channel.
+  std::string NextRequestId();
+  // "CALL at ADDRESS (request ID)", as errors begin.
+  std::string Describe(const char* call, const std::string& request_id) const;
 
   std::unique_ptr<SessionCall> OpenSession();
   absl::StatusOr<v1::AllocateArenaReply> AllocateArena(const v1::AllocateArenaRequest& request,

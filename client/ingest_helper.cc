@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/grpc_status.h"
 
 namespace clusterkv::client {
 namespace {
@@ -129,7 +130,7 @@ void IngestHelper::Settle(Lane& lane, const absl::Status& status) {
   }
   lane.sequence->Fail(status);
   // The daemon may have the head: its range comes back by credit or not at all.
-  if (absl::IsDeadlineExceeded(status) || absl::IsUnavailable(status)) lane.queue.pop_front();
+  if (MayHaveHappened(status)) lane.queue.pop_front();
   DropQueue(lane);
 }
 

@@ -3,7 +3,10 @@ add_library(clusterkv_client STATIC
   ${CMAKE_CURRENT_LIST_DIR}/address.cc
   ${CMAKE_CURRENT_LIST_DIR}/attach_client.cc
   ${CMAKE_CURRENT_LIST_DIR}/attach_socket.cc
+  ${CMAKE_CURRENT_LIST_DIR}/fetch_calls.cc
+  ${CMAKE_CURRENT_LIST_DIR}/fetch_socket.cc
   ${CMAKE_CURRENT_LIST_DIR}/audit_helper.cc
+  ${CMAKE_CURRENT_LIST_DIR}/audit_ring.cc
   ${CMAKE_CURRENT_LIST_DIR}/batch_direct.cc
   ${CMAKE_CURRENT_LIST_DIR}/batch_served.cc
   ${CMAKE_CURRENT_LIST_DIR}/client.cc

@@ -20,8 +20,8 @@ RingAllocator::RingAllocator(uint64_t bytes) : bytes_(bytes / kAlignment * kAlig
 
 absl::StatusOr<uint64_t> RingAllocator::Allocate(uint64_t bytes, const Deadline& deadline) {
   if (bytes == 0 || bytes > bytes_) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "a range of ", bytes, " bytes of an ingest ring of ", bytes_, "; allowed: 1 to the ring"));
+    return absl::InvalidArgumentError(absl::StrCat("a range of ", bytes, " bytes of a ring of ",
+                                                   bytes_, "; allowed: 1 to the ring"));
   }
   const uint64_t rounded = RoundUp(bytes);
   uint64_t offset = 0;
@@ -33,9 +33,9 @@ absl::StatusOr<uint64_t> RingAllocator::Allocate(uint64_t bytes, const Deadline&
   });
   if (!closed_.ok()) return closed_;
   if (taken) return offset;
-  return absl::ResourceExhaustedError(
-      absl::StrCat("no ", bytes, " contiguous bytes of an ingest ring of ", bytes_,
-                   " came free in time (", used_.size(), " ranges in use)"));
+  return absl::ResourceExhaustedError(absl::StrCat("no ", bytes, " contiguous bytes of a ring of ",
+                                                   bytes_, " came free in time (", used_.size(),
+                                                   " ranges in use)"));
 }
 
 void RingAllocator::Shrink(uint64_t offset, uint64_t bytes) {

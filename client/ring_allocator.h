@@ -1,5 +1,5 @@
-// Who uses which part of the ingest ring. A range never wraps; the daemon gives ranges back in any
-// order, so free parts are kept as a list and taken first-fit:
+// Who uses which part of a ring: the ingest ring, or the audit ring. A range never wraps; ranges
+// come back in any order, so free parts are kept as a list and taken first-fit:
 //
 //   | in use | free   | in use | in use | free             |
 //            ^ a later range goes here if it fits, whatever still lies before it

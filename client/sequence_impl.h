@@ -38,6 +38,7 @@ class SequenceImpl final : public Sequence {
   // --- Steps ----------------------------------------------------------------------------------
   ClientSession& session() const { return *session_; }
   bool direct() const { return options_.mode == FetchMode::kDirect; }
+  const gpu::StateLayout& layout() const { return layout_; }
   // Direct only, while a token has room in the tail: for a step.
   gpu::BatchSlot slot() const;
   // May a step begin now? Errors: as DecodeBatch::Begin.

@@ -87,7 +87,7 @@ absl::Status SequenceImpl::SendPiece(const IngestRange& piece, const gpu::KvSour
   }
   status = session_->SendRange(RangeRequest(piece, offset), session_->RpcDeadline());
   if (status.ok()) return status;
-  if (absl::IsDeadlineExceeded(status) || absl::IsUnavailable(status)) {
+  if (MayHaveHappened(status)) {
     // The daemon may have it or not: no later range could be known to follow.
     link_->Fail(status);
     return status;

@@ -1,20 +1,69 @@
 #include "client/step_audit.h"
 
-#include <string>
-#include <utility>
-#include <vector>
+#include <algorithm>
 
-#include "gpu/selection.h"
+#include "client/kv_packer.h"
+#include "gpu/audit_layout.h"
+#include "gpu/state_layout.h"
 #include "gpu/status_macros.h"
 
 namespace clusterkv::client {
+namespace {
 
-absl::StatusOr<std::unique_ptr<StepAudit>> StepAudit::Create(gpu::Device& device,
-                                                             const gpu::Shape& shape,
-                                                             size_t sequences, double rate) {
-  CKV_ASSIGN_OR_RETURN(auto lse, device.Allocate(sequences * shape.q_heads * sizeof(float)));
-  return std::unique_ptr<StepAudit>(new StepAudit(shape, sequences, rate, std::move(lse)));
+struct AuditedStep {
+  const gpu::BatchSlot& slot;
+  StridedRows queries;
+  const float* lse;  // [q_heads]
+};
+
+absl::Status CopyStep(gpu::Stream& stream, const AuditedStep& step, std::byte* destination) {
+  const gpu::StateLayout& state = *step.slot.layout;
+  const gpu::AuditLayout layout(state);
+  KvPacker packer(stream);
+  const auto copy = [&](uint64_t to, uint64_t from, size_t bytes) {
+    return packer.Copy(destination + to, step.slot.state + from, bytes);
+  };
+  CKV_RETURN_IF_ERROR(
+      copy(layout.cut, state.latch + offsetof(gpu::StepLatch, cut), sizeof(gpu::StepLatch::cut)));
+  CKV_RETURN_IF_ERROR(
+      packer.Copy(destination + layout.lse, step.lse, layout.q_heads * sizeof(float)));
+  CKV_RETURN_IF_ERROR(packer.Pack(destination + layout.queries, step.queries));
+  CKV_RETURN_IF_ERROR(
+      copy(layout.counts, state.selected_count, layout.kv_heads * sizeof(uint32_t)));
+  StridedRows choices{.data = step.slot.state + state.selected_cluster,
+                      .head_stride = state.budget_tokens * sizeof(uint32_t),
+                      .tokens = 1,
+                      .heads = layout.kv_heads,
+                      .row_bytes = layout.choices_bytes()};
+  CKV_RETURN_IF_ERROR(packer.Pack(destination + layout.clusters, choices));
+  choices.data = step.slot.state + state.selected_take;
+  return packer.Pack(destination + layout.takes, choices);
 }
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<StepAudit>> StepAudit::Create(
+    const std::vector<SequenceImpl*>& sequences, double rate) {
+  ClientSession& session = sequences.front()->session();
+  const gpu::Shape& shape = sequences.front()->options().shape;
+  uint64_t slot_bytes = 0;
+  for (const SequenceImpl* const sequence : sequences) {
+    slot_bytes = std::max(slot_bytes, gpu::AuditLayout(sequence->layout()).bytes);
+  }
+  CKV_ASSIGN_OR_RETURN(std::shared_ptr<AuditRing> ring, session.AuditRingFor(slot_bytes));
+  CKV_ASSIGN_OR_RETURN(std::unique_ptr<gpu::DeviceMemory> lse,
+                       session.device().Allocate(sequences.size() * shape.q_heads * sizeof(float)));
+  return std::make_unique<StepAudit>(shape, sequences.size(), rate, std::move(lse),
+                                     std::move(ring));
+}
+
+StepAudit::StepAudit(const gpu::Shape& shape, size_t sequences, double rate,
+                     std::unique_ptr<gpu::DeviceMemory> lse, std::shared_ptr<AuditRing> ring)
+    : shape_(shape),
+      sequences_(sequences),
+      rate_(rate),
+      lse_(std::move(lse)),
+      ring_(std::move(ring)) {}
 
 void StepAudit::Begin() {
   due_ += rate_;
@@ -35,39 +84,31 @@ gpu::AttentionTarget StepAudit::WithLse(const gpu::AttentionTarget& target) cons
   return complete;
 }
 
-absl::StatusOr<v1::AuditStepRequest> StepAudit::Take(gpu::Stream& stream,
-                                                     const gpu::BatchSlot& slot,
-                                                     const gpu::QuerySource& queries,
-                                                     const gpu::AttentionTarget& target,
-                                                     uint32_t budget_tokens) const {
-  const size_t row = shape_.row_bytes() / 2;
-  std::string q(shape_.q_heads * row, '\0');
-  std::string lse(shape_.q_heads * sizeof(float), '\0');
-  uint32_t cut = 0;
-  const auto enqueue = [&]() -> absl::Status {
-    for (size_t head = 0; head < shape_.q_heads; ++head) {
-      CKV_RETURN_IF_ERROR(stream.CopyAsync(
-          &q[head * row], queries.q + index_ * queries.batch_stride + head * queries.head_stride,
-          row));
-    }
-    CKV_RETURN_IF_ERROR(
-        stream.CopyAsync(lse.data(), target.lse + index_ * target.lse_batch_stride, lse.size()));
-    return stream.CopyAsync(&cut, slot.state + slot.layout->latch + offsetof(gpu::StepLatch, cut),
-                            sizeof(cut));
-  };
-  const absl::Status enqueued = enqueue();
-  const absl::Status passed = stream.Synchronize();  // always: it writes into what is above
-  CKV_RETURN_IF_ERROR(enqueued);
-  CKV_RETURN_IF_ERROR(passed);
-  CKV_ASSIGN_OR_RETURN(const std::vector<int32_t> selected,
-                       gpu::ReadSelection(stream, slot, layer_, budget_tokens));
-  v1::AuditStepRequest request;
-  request.set_layer(layer_);
-  request.set_cut(cut);
-  request.set_queries(std::move(q));
-  request.set_lse(std::move(lse));
-  request.mutable_selected_positions()->Assign(selected.begin(), selected.end());
-  return request;
+absl::Status StepAudit::Take(gpu::Stream& stream, const gpu::BatchSlot& slot,
+                             const gpu::QuerySource& queries, const gpu::AttentionTarget& target) {
+  if (!taken_.has_value()) {
+    auto room = AuditRing::Take(ring_, gpu::AuditLayout(*slot.layout).bytes);
+    if (!room.has_value()) return absl::OkStatus();
+    v1::AuditStepRequest request;
+    request.set_layer(layer_);
+    *request.mutable_slot() = room->range();
+    taken_.emplace(AuditSample{.slot = std::move(*room), .request = std::move(request)});
+  }
+  const AuditedStep step{.slot = slot,
+                         .queries = {.data = queries.q + index_ * queries.batch_stride,
+                                     .head_stride = queries.head_stride,
+                                     .tokens = 1,
+                                     .heads = shape_.q_heads,
+                                     .row_bytes = shape_.row_bytes() / 2},
+                         .lse = target.lse + index_ * target.lse_batch_stride};
+  return CopyStep(stream, step, taken_->slot.data());
+}
+
+std::optional<AuditSample> StepAudit::End() {
+  std::optional<AuditSample> sample;
+  if (taken_.has_value()) sample.emplace(std::move(*taken_));
+  taken_.reset();
+  return sample;
 }
 
 }  // namespace clusterkv::client

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "gpu/copy_back.h"
 #include "gpu/host_chunks.h"
 #include "gpu/status_macros.h"
 
@@ -9,14 +10,6 @@ namespace clusterkv::gpu {
 namespace {
 
 constexpr uint64_t kOffsetUnit = 16;
-
-template <typename T>
-absl::StatusOr<std::vector<T>> CopyBack(Stream& stream, const std::byte* source, size_t count) {
-  std::vector<T> values(count);
-  CKV_RETURN_IF_ERROR(stream.CopyAsync(values.data(), source, count * sizeof(T)));
-  CKV_RETURN_IF_ERROR(stream.Synchronize());
-  return values;
-}
 
 }  // namespace
 

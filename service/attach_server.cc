@@ -34,6 +34,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr size_t kMaxOutgoing = 131072;
+constexpr size_t kMaxPacketBytes = 4096;
 constexpr int kTickMilliseconds = 1000;
 constexpr mode_t kOwnSocketMode = 0660;
 constexpr mode_t kGrantSocketMode = 0666;
@@ -65,10 +66,11 @@ struct Listener {
 
 class AttachServerImpl : public AttachServer {
  public:
-  AttachServerImpl(const AttachOptions& options, ServiceCore& core, gpu::UniqueFd lock,
-                   gpu::UniqueFd listener)
+  AttachServerImpl(const AttachOptions& options, ServiceCore& core, FetchConnections& fetches,
+                   gpu::UniqueFd lock, gpu::UniqueFd listener)
       : options_(options),
         core_(core),
+        fetches_(fetches),
         lock_(std::move(lock)),
         epoll_(epoll_create1(EPOLL_CLOEXEC)),
         mailbox_(std::make_shared<Mailbox>()),
@@ -213,7 +215,8 @@ class AttachServerImpl : public AttachServer {
 
   void Read(Peer& peer) {
     while (peer.socket.valid() && peer.state != Peer::State::kAttaching) {
-      auto packet = ReceivePacket(peer.socket.get());
+      char buffer[kMaxPacketBytes];
+      auto packet = ReceivePacket(peer.socket.get(), absl::MakeSpan(buffer));
       if (absl::IsNotFound(packet.status())) return;
       if (absl::IsUnavailable(packet.status())) return Lost(peer);
       clusterkv::v1::AttachRequest request;
@@ -231,6 +234,10 @@ class AttachServerImpl : public AttachServer {
     using clusterkv::v1::AttachRequest;
     if (request.request_case() == AttachRequest::kHello && peer.state == Peer::State::kNew) {
       return TakeHello(peer, request.hello(), packet);
+    }
+    if (request.request_case() == AttachRequest::kFetchHello && peer.state == Peer::State::kNew) {
+      HandOn(peer);
+      return false;
     }
     if (peer.state != Peer::State::kAttached) {
       Refuse(peer, absl::InvalidArgumentError("the first packet must be AttachHello"));
@@ -253,12 +260,30 @@ class AttachServerImpl : public AttachServer {
     }
   }
 
-  bool TakeHello(Peer& peer, const clusterkv::v1::AttachHello& hello, Packet& packet) {
+  absl::Status CheckAllowed(const Peer& peer) const {
     const PeerCredentials& who = peer.credentials;
-    if (peer.grant == kNoGrant && !options_.allow_any && !options_.allow_uids.contains(who.uid) &&
-        !options_.allow_gids.contains(who.gid)) {
-      Refuse(peer, absl::PermissionDeniedError(
-                       fmt::format("uid {} and gid {} are not allowed here", who.uid, who.gid)));
+    if (peer.grant != kNoGrant || options_.allow_any || options_.allow_uids.contains(who.uid) ||
+        options_.allow_gids.contains(who.gid)) {
+      return absl::OkStatus();
+    }
+    return absl::PermissionDeniedError(
+        fmt::format("uid {} and gid {} are not allowed here", who.uid, who.gid));
+  }
+
+  // Of a connection for fetches. The peer is gone afterwards.
+  void HandOn(Peer& peer) {
+    if (const absl::Status allowed = CheckAllowed(peer); !allowed.ok()) {
+      return Refuse(peer, allowed);
+    }
+    epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, peer.socket.get(), nullptr);
+    const absl::Status taken = fetches_.Take(peer.socket, peer.grant);
+    if (!taken.ok()) return Refuse(peer, taken);
+    peers_.erase(peer.id);
+  }
+
+  bool TakeHello(Peer& peer, const clusterkv::v1::AttachHello& hello, Packet& packet) {
+    if (const absl::Status allowed = CheckAllowed(peer); !allowed.ok()) {
+      Refuse(peer, allowed);
       return false;
     }
     if (!peer.pidfd.valid()) {
@@ -272,7 +297,8 @@ class AttachServerImpl : public AttachServer {
     peer.state = Peer::State::kAttaching;
     core_.Attach(
         {.token = hello.session_token(), .boot_epoch = hello.boot_epoch(), .grant = peer.grant},
-        who, MakeSink(peer.id), [this, id = peer.id](const absl::StatusOr<SessionId>& session) {
+        peer.credentials, MakeSink(peer.id),
+        [this, id = peer.id](const absl::StatusOr<SessionId>& session) {
           mailbox_->Post([this, id, session] { FinishAttach(id, session); });
         });
     return true;
@@ -379,6 +405,7 @@ class AttachServerImpl : public AttachServer {
 
   const AttachOptions options_;
   ServiceCore& core_;
+  FetchConnections& fetches_;
   gpu::UniqueFd lock_;  // released after the socket has been removed
   gpu::UniqueFd epoll_;
   std::shared_ptr<Mailbox> mailbox_;
@@ -439,11 +466,12 @@ std::shared_ptr<AttachSink> AttachServerImpl::MakeSink(uint64_t peer) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<AttachServer>> AttachServer::Create(const AttachOptions& options,
-                                                                   ServiceCore& core) {
+                                                                   ServiceCore& core,
+                                                                   FetchConnections& fetches) {
   CKV_ASSIGN_OR_RETURN(gpu::UniqueFd lock, LockSocketPath("attach-path", options.path));
   CKV_ASSIGN_OR_RETURN(gpu::UniqueFd listener, ListenPackets(options.path, kOwnSocketMode));
-  return std::unique_ptr<AttachServer>(
-      std::make_unique<AttachServerImpl>(options, core, std::move(lock), std::move(listener)));
+  return std::unique_ptr<AttachServer>(std::make_unique<AttachServerImpl>(
+      options, core, fetches, std::move(lock), std::move(listener)));
 }
 
 }  // namespace clusterkv::service

@@ -8,6 +8,8 @@
 //
 // The daemon's own socket asks for an allowed uid or gid. A grant's does not: a container's uid is
 // anything, and the only way to the socket is the folder that was mounted into that container.
+//
+// A connection that begins with FetchHello is no session's: it is handed on, and no longer ours.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +19,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "gpu/unique_fd.h"
 #include "service/grant_id.h"
 
 namespace clusterkv::service {
@@ -34,12 +37,21 @@ struct AttachOptions {
   bool use_pidfd = true;               // false: as on a kernel without it
 };
 
+// Where connections for fetches go.
+class FetchConnections {
+ public:
+  virtual ~FetchConnections() = default;
+  // Takes the socket, unless it has an error: RESOURCE_EXHAUSTED. Thread-safe.
+  virtual absl::Status Take(gpu::UniqueFd& socket, GrantId grant) = 0;
+};
+
 class AttachServer {
  public:
-  // The core must outlive it. Errors: FAILED_PRECONDITION (another daemon has the path), what errno
-  // says, naming the path.
+  // The core and `fetches` must outlive it. Errors: FAILED_PRECONDITION (another daemon has the
+  // path), what errno says, naming the path.
   static absl::StatusOr<std::unique_ptr<AttachServer>> Create(const AttachOptions& options,
-                                                              ServiceCore& core);
+                                                              ServiceCore& core,
+                                                              FetchConnections& fetches);
   // Closes all connections and removes the sockets.
   virtual ~AttachServer() = default;
 

@@ -28,6 +28,7 @@
 #include "service/host_pool.h"
 #include "service/logging.h"
 #include "service/numa_policy.h"
+#include "service/rpc/fetch_server.h"
 #include "service/rpc/grant_servers.h"
 #include "service/rpc/grpc_server.h"
 #include "service/rpc/rpc_counters.h"
@@ -169,8 +170,10 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   CKV_ASSIGN_OR_RETURN(auto pool, HostPool::Create({.directory = config.host_memory_dir,
                                                     .total_bytes = config.host_memory_bytes,
                                                     .chunk_bytes = config.host_chunk_bytes,
+                                                    .new_files = config.has_many_parties(),
                                                     .numa_node = PoolNode(config, *device),
                                                     .device = device.get()}));
+  RpcCounters calls;  // of all servers
   CKV_ASSIGN_OR_RETURN(
       auto core, ServiceCore::Create({.version = kVersion,
                                       .boot_epoch = NewBootEpoch(),
@@ -184,11 +187,12 @@ absl::Status Serve(const Config& config, const Signals& signals) {
                                       .audit_share = config.audit_share,
                                       .slow_operation = config.slow_operation},
                                      std::move(device), std::move(pool)));
-  RpcCounters calls;  // of all gRPC servers
   CKV_ASSIGN_OR_RETURN(auto grpc, GrpcServer::Create({.listen = config.listen,
                                                       .attach_path = config.attach_socket_path()},
                                                      *core, calls));
-  CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core));
+  CKV_ASSIGN_OR_RETURN(auto fetches,
+                       FetchServer::Create({.poll = config.poll_duration()}, *core, calls));
+  CKV_ASSIGN_OR_RETURN(auto attach, AttachServer::Create(AttachOptionsOf(config), *core, *fetches));
   CKV_ASSIGN_OR_RETURN(auto plugin, CreateDevicePlugin(config, *core, *attach, calls));
   const auto status = [&] {
     DaemonStatus taken = core->status();
@@ -227,6 +231,7 @@ absl::Status Serve(const Config& config, const Signals& signals) {
   grpc->Shutdown(absl::Seconds(2));
   core->Stop();
   attach.reset();
+  fetches.reset();
   admin.reset();  // before the plugin, which it asks
   plugin.reset();
   LogInfo("stopped");

@@ -336,6 +336,11 @@ std::string Config::attach_socket_path() const {
   return listen.substr(sizeof(kUnixPrefix) - 1) + ".attach";
 }
 
+bool Config::has_many_parties() const {
+  return device_plugin || !allow_uids || !allow_gids || !allow_gids->empty() ||
+         allow_uids->size() > 1;
+}
+
 absl::Duration Config::poll_duration() const {
   constexpr unsigned kSpareCores = 8;
   if (poll_time) return *poll_time;

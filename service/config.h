@@ -56,6 +56,8 @@ struct Config {
   std::string early_output;  // of --help and --version: print it and exit
 
   std::string attach_socket_path() const;
+  // Whether workers may come that do not belong to one user: with grants, or by the allow-lists.
+  bool has_many_parties() const;
   absl::Duration poll_duration() const;  // auto: where there are cores to spare
   bool admin_is_remote() const;          // admin_listen is not loopback
   // Of host_memory, offered to the kubelet: whole GiB, 0 without the device plugin.

@@ -92,6 +92,7 @@ absl::Status ServiceCore::Start() {
   CKV_ASSIGN_OR_RETURN(probe_, device_->Allocate(sizeof(uint64_t)));
   serve_tensors_ = std::make_unique<ServeTensors>(*device_);
   CKV_ASSIGN_OR_RETURN(memory_stream_, device_->CreateStream("memory"));
+  CKV_ASSIGN_OR_RETURN(audit_stream_, device_->CreateStream("audit"));
   CKV_ASSIGN_OR_RETURN(scheduler_, ClusterScheduler::Create(*device_, slow_log_));
   MeasureHostMemory();
   PublishStatus();
@@ -361,6 +362,7 @@ void ServiceCore::Tick() {
       End(*session, SessionEnd::kAttachTimeout,
           absl::AbortedError("the worker did not attach in time"));
     }
+    RecycleUnclean();
     MeasureHostMemory();
     ProbeDevice();
     PublishStatus();

@@ -39,8 +39,6 @@
 
 namespace clusterkv::service {
 
-struct AuditStep;
-
 struct CoreOptions {
   std::string version;
   uint64_t boot_epoch = 0;
@@ -161,6 +159,8 @@ class ServiceCore {
   void FreeKept(Session& session);
   void DoAllocateArena(Session& session, uint64_t bytes, Completion<ArenaInfo> done);
   void RecycleReturned(Session& session);
+  void Recycle(PoolChunk chunk, std::shared_ptr<HostAccount> account);
+  void RecycleUnclean();
   absl::StatusOr<const std::byte*> ArenaBytes(const Session& session, ArenaId arena,
                                               uint64_t offset, uint64_t bytes) const;
 
@@ -184,7 +184,7 @@ class ServiceCore {
   absl::StatusOr<Sample> TakeSample(const Sequence& sequence);
   void TakeSamples(std::vector<Sequence*> sequences);
   void FoldSample(Sequence& sequence, const Sample& sample);
-  void FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled);
+  void FoldCounters(Sequence& sequence, size_t layer, const gpu::LayerCounters& now);
   void CountRegistered(const Sequence& sequence);
   void CountReleased(const Sequence& sequence);
   void CountRefused(Limit limit) { ++counters_.refused[static_cast<size_t>(limit)]; }
@@ -210,8 +210,10 @@ class ServiceCore {
   bool WaitIsOver(const Sequence& sequence, uint32_t length) const;
 
   // core_audit.cc
-  absl::Status PrepareAudit(const Sequence& sequence, AuditRequest request, AuditStep& step) const;
-  void StartAudit(Sequence& sequence, const std::shared_ptr<AuditStep>& step,
+  struct AuditWork;
+  absl::Status PrepareAudit(const Session& session, const Sequence& sequence,
+                            const AuditRequest& request, AuditWork& work) const;
+  void StartAudit(Sequence& sequence, const std::shared_ptr<AuditWork>& work,
                   const Completion<bool>& done);
 
   // core_serve.cc
@@ -232,7 +234,7 @@ class ServiceCore {
   const std::unique_ptr<HostPool> pool_;
   HostAccounts accounts_;  // the core's own
   const absl::Time started_;
-  std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_;
+  std::unique_ptr<gpu::Stream> stage_stream_, serve_stream_, memory_stream_, audit_stream_;
   SlowLog slow_log_;
   std::unique_ptr<ServeTensors> serve_tensors_;  // of the serve thread
   std::unique_ptr<gpu::DeviceMemory> probe_;     // of the memory thread
@@ -251,7 +253,10 @@ class ServiceCore {
   DeviceWatch device_watch_;
   absl::Time last_tick_;
   std::function<void()> idle_;
-  DaemonStatus counters_;  // the cumulative parts
+  // Chunks that could not be cleaned, and whose they are.
+  std::vector<std::pair<PoolChunk, std::shared_ptr<HostAccount>>> unclean_;
+  DaemonStatus counters_;     // the cumulative parts
+  DaemonStatus next_status_;  // room for the next snapshot: each call of a layer makes one
   std::atomic<uint64_t> next_waiter_{1};
   std::atomic<uint64_t> rejected_attaches_{0};
 

@@ -170,14 +170,28 @@ absl::StatusOr<const std::byte*> ServiceCore::ArenaBytes(const Session& session,
 
 void ServiceCore::RecycleReturned(Session& session) {
   for (const PoolChunk chunk : std::exchange(session.returned, {})) {
-    memory_.Post([this, chunk, account = session.account] {
-      pool_->Zero(chunk);
-      core_.Post([this, chunk, account] {
-        account->Recycle(chunk);
-        PublishStatus();
-      });
-    });
+    Recycle(chunk, session.account);
   }
+}
+
+void ServiceCore::Recycle(PoolChunk chunk, std::shared_ptr<HostAccount> account) {
+  memory_.Post([this, chunk, account = std::move(account)] {
+    const absl::Status cleaned = pool_->Clean(chunk);
+    core_.Post([this, chunk, account, cleaned] {
+      if (cleaned.ok()) {
+        account->Recycle(chunk);
+      } else {
+        LogWarning("a chunk of host memory stays in quarantine; tried again every second",
+                   {{"why", std::string(cleaned.message())}});
+        unclean_.emplace_back(chunk, account);
+      }
+      PublishStatus();
+    });
+  });
+}
+
+void ServiceCore::RecycleUnclean() {
+  for (auto& [chunk, account] : std::exchange(unclean_, {})) Recycle(chunk, std::move(account));
 }
 
 }  // namespace clusterkv::service

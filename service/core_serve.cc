@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <set>
+#include <optional>
 #include <utility>
 
 #include "gpu/cluster_ops.h"
@@ -21,6 +21,15 @@ constexpr size_t kMaxItems = 256;
 // Of one call in so many the device's phases are timed: it waits for the device between them.
 constexpr uint64_t kTimedCalls = 64;
 
+std::optional<SequenceId> FindTwice(const std::vector<FetchItem>& items) {
+  std::vector<SequenceId> ids;
+  ids.reserve(items.size());
+  for (const FetchItem& item : items) ids.push_back(item.sequence);
+  std::ranges::sort(ids);
+  const auto twice = std::ranges::adjacent_find(ids);
+  return twice == ids.end() ? std::nullopt : std::optional(*twice);
+}
+
 }  // namespace
 
 // Lives from admission to the reply; the sequences stay while it is in flight.
@@ -28,7 +37,7 @@ struct ServiceCore::ServeWork {
   struct Item {
     Sequence* sequence = nullptr;
     bool repeated = false;
-    std::vector<std::vector<RowSpan>> spans;  // per KV head, where this token is staged
+    std::vector<std::byte*> staged;  // [kv_heads], where this token goes; empty: nowhere
     // Nobody else counts on a served sequence, so what was folded last is what the step begins
     // with.
     gpu::LayerCounters before{}, after{};
@@ -70,12 +79,12 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request, const Operatio
   auto work = std::make_shared<ServeWork>();
   work->session = session.id;
   work->request = std::move(request);
-  std::set<SequenceId> seen;
+  work->items.reserve(work->request.items.size());
+  work->places.reserve(work->request.items.size());
+  if (const auto twice = FindTwice(work->request.items)) {
+    return done(absl::InvalidArgumentError(fmt::format("sequence {} is there twice", *twice)));
+  }
   for (const FetchItem& item : work->request.items) {
-    if (!seen.insert(item.sequence).second) {
-      return done(
-          absl::InvalidArgumentError(fmt::format("sequence {} is there twice", item.sequence)));
-    }
     if (absl::Status bad = PrepareItem(session, work->request, item, *work); !bad.ok()) {
       return done(bad);
     }
@@ -83,10 +92,15 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request, const Operatio
   // Memory for the tokens, all or nothing.
   const uint32_t layer = work->request.layer;
   std::vector<PieceTable::Admission> admissions;
+  admissions.reserve(work->items.size());
   for (const ServeWork::Item& item : work->items) {
-    const uint32_t position = item.sequence->layers[layer].accepted;
-    auto admission = item.repeated ? absl::StatusOr<PieceTable::Admission>(PieceTable::Admission{})
-                                   : item.sequence->pieces.Plan(layer, 1, position + 1, false);
+    PieceTable& pieces = item.sequence->pieces;
+    const uint32_t end = item.sequence->layers[layer].accepted + 1;
+    if (item.repeated || pieces.Covers(layer, end)) {
+      admissions.emplace_back();
+      continue;
+    }
+    auto admission = pieces.Plan(layer, 1, end, false);
     if (!admission.ok()) {
       for (size_t i = 0; i < admissions.size(); ++i) {
         work->items[i].sequence->pieces.Discard(admissions[i]);
@@ -103,9 +117,13 @@ void ServiceCore::DoFetch(Session& session, FetchRequest request, const Operatio
     sequence.step.in_flight = true;
     if (item.repeated) continue;
     const uint32_t position = work->request.items[i].position;
-    sequence.pieces.Commit(std::move(admissions[i]), layer,
-                           std::max(position, sequence.method.sink_tokens), position + 1,
-                           item.spans);
+    if (std::vector<std::vector<RowSpan>> none; !admissions[i].added.empty()) {
+      sequence.pieces.Commit(std::move(admissions[i]), layer, position, position, none);
+    }
+    if (position >= sequence.method.sink_tokens) {
+      item.staged.reserve(sequence.request.shape.kv_heads);
+      sequence.pieces.AppendPlaces(layer, position, item.staged);
+    }
     sequence.layers[layer].accepted = position + 1;
     sequence.step.started = true;
     sequence.step.position = position;
@@ -216,9 +234,7 @@ absl::Status ServiceCore::PrepareItem(Session& session, const FetchRequest& requ
 // The step's tokens of all items that need it into the host store: neighbours in one operation.
 absl::Status ServiceCore::StageServed(const ServeWork& work, const ServeTensors& tensors) {
   const gpu::Shape& shape = work.items.front().sequence->request.shape;
-  const auto staged = [&](size_t i) {
-    return !work.items[i].repeated && !work.items[i].spans.front().empty();
-  };
+  const auto staged = [&](size_t i) { return !work.items[i].staged.empty(); };
   for (size_t begin = 0; begin < work.items.size();) {
     if (!staged(begin)) {
       ++begin;
@@ -236,9 +252,8 @@ absl::Status ServiceCore::StageServed(const ServeWork& work, const ServeTensors&
                          .dtype = shape.dtype,
                          .destinations = {}};
     for (; begin < work.items.size() && staged(begin); ++begin, ++stage.layer_count) {
-      for (const auto& spans : work.items[begin].spans) {
-        stage.destinations.push_back(spans.front().data);
-      }
+      const std::vector<std::byte*>& places = work.items[begin].staged;
+      stage.destinations.insert(stage.destinations.end(), places.begin(), places.end());
     }
     CKV_RETURN_IF_ERROR(device_->cluster_ops().Stage(*serve_stream_, std::move(stage)));
   }
@@ -365,9 +380,7 @@ void ServiceCore::FinishServe(const std::shared_ptr<ServeWork>& work, absl::Stat
       failures.emplace_back(why.message());
       continue;
     }
-    std::vector<gpu::LayerCounters> counters = sequence.counters;
-    counters[work->request.layer] = item.after;
-    FoldCounters(sequence, counters);
+    FoldCounters(sequence, work->request.layer, item.after);
     gathered_bytes += item.result.gathered_bytes;
     results.push_back(std::move(item.result));
     if (!item.repeated) {

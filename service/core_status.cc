@@ -125,7 +125,9 @@ void ServiceCore::TakeSamples(std::vector<Sequence*> sequences) {
 // A worker can write all of it: a value that falls or leaps is ignored.
 void ServiceCore::FoldSample(Sequence& sequence, const Sample& sample) {
   // What a served sequence counts has come with each step's report.
-  if (!sequence.served()) FoldCounters(sequence, sample.counters);
+  for (size_t layer = 0; !sequence.served() && layer < sample.counters.size(); ++layer) {
+    FoldCounters(sequence, layer, sample.counters[layer]);
+  }
   if (sample.steps >= sequence.steps) {
     AddBounded(CountersOf(sequence).decode_steps, sample.steps - sequence.steps);
     sequence.steps = sample.steps;
@@ -161,33 +163,30 @@ void ServiceCore::FoldSample(Sequence& sequence, const Sample& sample) {
   fill.used_bytes += sequence.cached_bytes;
 }
 
-void ServiceCore::FoldCounters(Sequence& sequence, const std::vector<gpu::LayerCounters>& sampled) {
+void ServiceCore::FoldCounters(Sequence& sequence, size_t layer, const gpu::LayerCounters& now) {
   CacheCounters& total = sequence.served() ? counters_.served : counters_.direct;
   const uint64_t row_bytes = sequence.layout.row_bytes();
-  const auto fold = [this](uint64_t now, uint64_t& before) {
-    if (now < before || now - before > kLeap) {
+  const auto fold = [this](uint64_t after, uint64_t& before) {
+    if (after < before || after - before > kLeap) {
       ++counters_.ignored_samples;
       return uint64_t{0};
     }
-    return now - std::exchange(before, now);
+    return after - std::exchange(before, after);
   };
-  for (size_t layer = 0; layer < sampled.size(); ++layer) {
-    const gpu::LayerCounters& now = sampled[layer];
-    gpu::LayerCounters& before = sequence.counters[layer];
-    const uint64_t hit_clusters = fold(now.hit_clusters, before.hit_clusters);
-    const uint64_t missed_clusters = fold(now.missed_clusters, before.missed_clusters);
-    const uint64_t hit_tokens = fold(now.hit_tokens, before.hit_tokens);
-    const uint64_t missed_tokens = fold(now.missed_tokens, before.missed_tokens);
-    AddBounded(total.hit_clusters, hit_clusters);
-    AddBounded(total.missed_clusters, missed_clusters);
-    AddBounded(total.layers[CountedLayer(layer)].hit_clusters, hit_clusters);
-    AddBounded(total.layers[CountedLayer(layer)].missed_clusters, missed_clusters);
-    AddBounded(total.hit_tokens, hit_tokens);
-    AddBounded(total.missed_tokens, missed_tokens);
-    AddBounded(total.hit_bytes, hit_tokens * row_bytes);
-    AddBounded(total.missed_bytes, missed_tokens * row_bytes);
-    AddBounded(total.gathered_bytes, fold(now.gathered_bytes, before.gathered_bytes));
-  }
+  gpu::LayerCounters& before = sequence.counters[layer];
+  const uint64_t hit_clusters = fold(now.hit_clusters, before.hit_clusters);
+  const uint64_t missed_clusters = fold(now.missed_clusters, before.missed_clusters);
+  const uint64_t hit_tokens = fold(now.hit_tokens, before.hit_tokens);
+  const uint64_t missed_tokens = fold(now.missed_tokens, before.missed_tokens);
+  AddBounded(total.hit_clusters, hit_clusters);
+  AddBounded(total.missed_clusters, missed_clusters);
+  AddBounded(total.layers[CountedLayer(layer)].hit_clusters, hit_clusters);
+  AddBounded(total.layers[CountedLayer(layer)].missed_clusters, missed_clusters);
+  AddBounded(total.hit_tokens, hit_tokens);
+  AddBounded(total.missed_tokens, missed_tokens);
+  AddBounded(total.hit_bytes, hit_tokens * row_bytes);
+  AddBounded(total.missed_bytes, missed_tokens * row_bytes);
+  AddBounded(total.gathered_bytes, fold(now.gathered_bytes, before.gathered_bytes));
 }
 
 // --- The snapshot -------------------------------------------------------------------------------
@@ -211,7 +210,8 @@ void ServiceCore::MeasureHostMemory() {
 
 void ServiceCore::PublishStatus() {
   const absl::Time now = options_.now();
-  DaemonStatus status = counters_;
+  DaemonStatus& status = next_status_;
+  status = counters_;
   status.version = options_.version;
   status.backend = device_->backend();
   status.device = device_->description();
@@ -247,7 +247,7 @@ void ServiceCore::PublishStatus() {
                                .grant = session->hello.grant});
   }
   std::lock_guard lock(status_mu_);
-  status_ = std::move(status);
+  std::swap(status_, next_status_);
   status_taken_ = now;
 }
 

@@ -123,14 +123,11 @@ struct FetchResult {
   uint64_t gathered_bytes = 0;
 };
 
-// A layer of a direct step, as a worker saw it: see service/recall_audit.h.
+// A layer of a direct step, as a worker saw it.
 struct AuditRequest {
   SequenceId sequence = 0;
   uint32_t layer = 0;
-  uint32_t cut = 0;
-  std::string queries;          // dtype [q_heads][head_dim]
-  std::vector<float> lse;       // [q_heads]
-  std::vector<int32_t> chosen;  // [kv_heads][any], -1 beyond the last
+  TensorPlace slot;  // always an arena; gpu/audit_layout.h
 };
 
 struct SequenceStatus {

@@ -5,6 +5,7 @@ add_library(clusterkv_rpc STATIC
   ${CMAKE_CURRENT_LIST_DIR}/packet_socket.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/cluster_kv_service.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/convert.cc
+  ${CMAKE_CURRENT_LIST_DIR}/rpc/fetch_server.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/grpc_server.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/request_id.cc
   ${CMAKE_CURRENT_LIST_DIR}/rpc/rpc_counters.cc

@@ -56,8 +56,12 @@ void RemoveStaleChunks(const std::string& directory) {
 
 }  // namespace
 
-HostPool::HostPool(gpu::UniqueFd lock, uint64_t chunk_bytes)
-    : lock_(std::move(lock)), chunk_bytes_(chunk_bytes) {}
+HostPool::HostPool(gpu::UniqueFd lock, const HostPoolOptions& options)
+    : lock_(std::move(lock)),
+      chunk_bytes_(options.chunk_bytes),
+      new_files_(options.new_files),
+      numa_node_(options.numa_node),
+      device_(options.device) {}
 
 absl::StatusOr<std::unique_ptr<HostPool>> HostPool::Create(const HostPoolOptions& options) {
   if (options.chunk_bytes == 0 || options.total_bytes < options.chunk_bytes) {
@@ -76,9 +80,9 @@ absl::StatusOr<std::unique_ptr<HostPool>> HostPool::Create(const HostPoolOptions
   CKV_ASSIGN_OR_RETURN(gpu::UniqueFd lock, LockDirectory(options.directory));
   RemoveStaleChunks(options.directory);
 
-  auto pool = std::unique_ptr<HostPool>(new HostPool(std::move(lock), options.chunk_bytes));
+  auto pool = std::unique_ptr<HostPool>(new HostPool(std::move(lock), options));
   CKV_RETURN_IF_ERROR(pool->AddChunks(options));
-  if (options.device != nullptr) CKV_RETURN_IF_ERROR(pool->PinChunks(*options.device));
+  if (options.device != nullptr) CKV_RETURN_IF_ERROR(pool->PinChunks());
   // Lowest ordinals first.
   for (uint32_t i = pool->chunk_count(); i > 0; --i) pool->free_.push_back(i - 1);
   return pool;
@@ -99,8 +103,9 @@ absl::Status HostPool::AddChunks(const HostPoolOptions& options) {
   }
   const uint64_t count = options.total_bytes / options.chunk_bytes;
   for (uint64_t i = 0; i < count; ++i) {
-    absl::Status added =
-        AddChunk(fmt::format("{}/{}{:06}{}", options.directory, kChunkPrefix, i, kChunkSuffix));
+    Chunk& chunk = chunks_.emplace_back();  // from here on the destructor removes the file
+    chunk.path = fmt::format("{}/{}{:06}{}", options.directory, kChunkPrefix, i, kChunkSuffix);
+    absl::Status added = MakeFile(chunk);
     if (!added.ok()) {
       return absl::Status(
           added.code(), fmt::format("{} (chunk {} of {} of {} bytes)", std::string(added.message()),
@@ -126,10 +131,10 @@ void HostPool::ReportNode(int node) const {
   }
 }
 
-absl::Status HostPool::AddChunk(const std::string& path) {
+absl::Status HostPool::MakeFile(Chunk& chunk) const {
+  const std::string& path = chunk.path;
   gpu::UniqueFd fd(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
   if (!fd.valid()) return FromErrno(errno, "host-memory-dir: cannot create " + path);
-  chunks_.emplace_back().path = path;  // from here on the destructor removes the file
   // Pages are taken now: a sparse file on a full tmpfs would end in SIGBUS much later.
   if (const int failed = posix_fallocate(fd.get(), 0, static_cast<off_t>(chunk_bytes_))) {
     const std::string what = "host-memory: no room for " + path;
@@ -138,16 +143,49 @@ absl::Status HostPool::AddChunk(const std::string& path) {
     }
     return FromErrno(failed, what);
   }
-  CKV_ASSIGN_OR_RETURN(chunks_.back().mapping,
+  CKV_ASSIGN_OR_RETURN(chunk.mapping,
                        gpu::Mapping::Create(fd.get(), chunk_bytes_, gpu::MapAccess::kReadWrite));
-  chunks_.back().read_only = gpu::UniqueFd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!chunks_.back().read_only.valid()) return FromErrno(errno, "cannot reopen " + path);
+  chunk.read_only = gpu::UniqueFd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!chunk.read_only.valid()) return FromErrno(errno, "cannot reopen " + path);
   return absl::OkStatus();
+}
+
+absl::Status HostPool::Pin(Chunk& chunk) const {
+  if (device_ == nullptr) return absl::OkStatus();
+  CKV_ASSIGN_OR_RETURN(chunk.registration, device_->RegisterHost(chunk.mapping.data(), chunk_bytes_,
+                                                                 gpu::MapAccess::kReadWrite));
+  return absl::OkStatus();
+}
+
+// Its pages go at once, whoever has it open or mapped; to touch it there is SIGBUS from then on.
+absl::Status HostPool::GiveUpFile(Chunk& chunk) {
+  if (truncate(chunk.path.c_str(), 0) != 0 && errno != ENOENT) {
+    return FromErrno(errno, "host-memory-dir: cannot cut " + chunk.path);
+  }
+  chunk.registration.reset();
+  chunk.mapping = gpu::Mapping();
+  chunk.read_only.Reset();
+  if (unlink(chunk.path.c_str()) != 0 && errno != ENOENT) {
+    return FromErrno(errno, "host-memory-dir: cannot remove " + chunk.path);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status HostPool::Renew(Chunk& chunk) const {
+  // Also what a failure has left half done.
+  CKV_RETURN_IF_ERROR(GiveUpFile(chunk));
+  std::unique_ptr<PreferredNode> preferred;
+  if (numa_node_) {  // where that is forbidden the log says so since the start
+    auto set = PreferredNode::Create(*numa_node_);
+    if (set.ok()) preferred = *std::move(set);
+  }
+  CKV_RETURN_IF_ERROR(MakeFile(chunk));
+  return Pin(chunk);
 }
 
 // By several threads: pinning in one call takes twice as long, and one of hundreds of GB has
 // stalled whole nodes (design D9).
-absl::Status HostPool::PinChunks(gpu::Device& device) {
+absl::Status HostPool::PinChunks() {
   constexpr size_t kThreads = 8;
   const auto start = std::chrono::steady_clock::now();
   std::atomic<size_t> next{0}, done{0};
@@ -155,14 +193,11 @@ absl::Status HostPool::PinChunks(gpu::Device& device) {
   absl::Status first_error;  // guarded by mutex
   const auto pin = [&] {
     for (size_t i = next++; i < chunks_.size(); i = next++) {
-      auto registered = device.RegisterHost(data(static_cast<PoolChunk>(i)), chunk_bytes_,
-                                            gpu::MapAccess::kReadWrite);
-      if (!registered.ok()) {
+      if (const absl::Status failed = Pin(chunks_[i]); !failed.ok()) {
         const std::lock_guard lock(mutex);
-        if (first_error.ok()) first_error = registered.status();
+        if (first_error.ok()) first_error = failed;
         return;
       }
-      chunks_[i].registration = *std::move(registered);
       const size_t pinned = ++done;
       if (pinned % 64 == 0) {
         LogInfo("pinning host memory", {{"chunks", pinned}, {"of", chunks_.size()}});
@@ -174,7 +209,7 @@ absl::Status HostPool::PinChunks(gpu::Device& device) {
   pin();
   for (std::thread& thread : threads) thread.join();
   CKV_RETURN_IF_ERROR(first_error);
-  pinned_ = !device.computes_on_host_memory();
+  pinned_ = !device_->computes_on_host_memory();
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   LogInfo("host memory ready",
@@ -225,7 +260,11 @@ void HostPool::Quarantine(PoolChunk chunk) {
   ++quarantined_;
 }
 
-void HostPool::Zero(PoolChunk chunk) { std::memset(data(chunk), 0, chunk_bytes_); }
+absl::Status HostPool::Clean(PoolChunk chunk) {
+  if (new_files_) return Renew(chunks_[chunk]);
+  std::memset(data(chunk), 0, chunk_bytes_);
+  return absl::OkStatus();
+}
 
 void HostPool::Recycle(PoolChunk chunk) {
   chunks_[chunk].state = State::kFree;

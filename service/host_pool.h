@@ -1,9 +1,12 @@
 // The pinned host memory of the daemon: equal chunk files in a directory of its own, allocated in
 // full at start, each lent whole to one session at a time.
 //
-//   free ──lend──► lent ──quarantine──► quarantined ──recycle──► (zeroed) ──► free
+//   free ──lend──► lent ──quarantine──► quarantined ──clean──► (zeroed) ──recycle──► free
 //
-// A chunk leaves quarantine only when no mapper of it can be alive (design D7); the caller knows.
+// A chunk leaves quarantine only when its mapper said that it has none any more, or is dead (design
+// D7); the caller knows. Where not all workers trust each other the word of one is not enough:
+// there a chunk is cleaned by giving up its file, cut to nothing, for a new one. Whoever still maps
+// the old one has no pages of it.
 #pragma once
 
 #include <cstddef>
@@ -27,11 +30,12 @@ struct HostPoolOptions {
   std::string directory;  // created if missing, set to 0700
   uint64_t total_bytes = 0;
   uint64_t chunk_bytes = 0;
+  bool new_files = false;             // clean chunks by new files
   std::optional<int> numa_node = {};  // its pages lie there while it has room; nullopt: anywhere
   gpu::Device* device = nullptr;  // pins every chunk for it; null: none needs to. Outlives the pool
 };
 
-// Not thread-safe, but Zero may run on another thread for a quarantined chunk.
+// Not thread-safe, but Clean may run on another thread for a quarantined chunk.
 class HostPool {
  public:
   // Errors: FAILED_PRECONDITION (another daemon uses the directory), RESOURCE_EXHAUSTED (the file
@@ -48,8 +52,10 @@ class HostPool {
   // Errors: RESOURCE_EXHAUSTED.
   absl::StatusOr<PoolChunk> Lend(Source source);
   void Quarantine(PoolChunk chunk);
-  void Zero(PoolChunk chunk);
-  // REQUIRES: quarantined and zeroed.
+  // With an error it is to be called again: what was to be replaced is gone, and for a moment
+  // somebody else may have the room. Errors: RESOURCE_EXHAUSTED, of the device, what errno says.
+  absl::Status Clean(PoolChunk chunk);
+  // REQUIRES: quarantined and cleaned.
   void Recycle(PoolChunk chunk);
 
   std::byte* data(PoolChunk chunk) const { return chunks_[chunk].mapping.data(); }
@@ -70,14 +76,20 @@ class HostPool {
     State state = State::kFree;
   };
 
-  HostPool(gpu::UniqueFd lock, uint64_t chunk_bytes);
+  HostPool(gpu::UniqueFd lock, const HostPoolOptions& options);
   absl::Status AddChunks(const HostPoolOptions& options);
-  absl::Status AddChunk(const std::string& path);
+  absl::Status MakeFile(Chunk& chunk) const;
   void ReportNode(int node) const;
-  absl::Status PinChunks(gpu::Device& device);
+  absl::Status PinChunks();
+  absl::Status Pin(Chunk& chunk) const;
+  static absl::Status GiveUpFile(Chunk& chunk);
+  absl::Status Renew(Chunk& chunk) const;
 
   gpu::UniqueFd lock_;  // flock on the directory's lock file
   const uint64_t chunk_bytes_;
+  const bool new_files_;
+  const std::optional<int> numa_node_;
+  gpu::Device* const device_;
   bool pinned_ = false;  // a device that has memory of its own reaches the chunks
   std::vector<Chunk> chunks_;
   std::vector<PoolChunk> free_;

@@ -54,10 +54,9 @@ absl::StatusOr<gpu::UniqueFd> ListenPackets(const std::string& path, mode_t mode
   return socket;
 }
 
-absl::StatusOr<Packet> ReceivePacket(int socket) {
-  char buffer[kMaxPacketBytes];
+absl::StatusOr<Packet> ReceivePacket(int socket, absl::Span<char> buffer) {
   alignas(cmsghdr) char control[CMSG_SPACE(kMaxDescriptors * sizeof(int))];
-  iovec part{.iov_base = buffer, .iov_len = sizeof(buffer)};
+  iovec part{.iov_base = buffer.data(), .iov_len = buffer.size()};
   msghdr header{};
   header.msg_iov = &part;
   header.msg_iovlen = 1;
@@ -75,9 +74,9 @@ absl::StatusOr<Packet> ReceivePacket(int socket) {
   if (received == 0) return absl::UnavailableError("closed");
   if ((header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
     return absl::InvalidArgumentError(
-        fmt::format("a packet above {} bytes or {} descriptors", kMaxPacketBytes, kMaxDescriptors));
+        fmt::format("a packet above {} bytes or {} descriptors", buffer.size(), kMaxDescriptors));
   }
-  packet.bytes.assign(buffer, static_cast<size_t>(received));
+  packet.bytes.assign(buffer.data(), static_cast<size_t>(received));
   return packet;
 }
 

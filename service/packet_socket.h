@@ -7,11 +7,10 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "gpu/unique_fd.h"
 
 namespace clusterkv::service {
-
-constexpr size_t kMaxPacketBytes = 4096;
 
 // A listening socket at `path` with that mode; a stale socket there is replaced.
 // Errors: INVALID_ARGUMENT (path too long), what errno says otherwise.
@@ -22,9 +21,10 @@ struct Packet {
   std::vector<gpu::UniqueFd> fds;
 };
 
-// Errors: UNAVAILABLE (closed by the peer), NOT_FOUND (nothing there now), INVALID_ARGUMENT
-// (packet too large or its descriptors were cut off).
-absl::StatusOr<Packet> ReceivePacket(int socket);
+// By way of `buffer`, which has the size of the largest packet. Errors: UNAVAILABLE (closed by the
+// peer), NOT_FOUND (nothing there now), INVALID_ARGUMENT (packet too large or its descriptors were
+// cut off).
+absl::StatusOr<Packet> ReceivePacket(int socket, absl::Span<char> buffer);
 
 enum class SendResult { kSent, kWouldBlock, kBroken };
 SendResult SendPacket(int socket, const std::string& bytes, int fd);  // fd -1: none

@@ -154,15 +154,29 @@ absl::Status PieceTable::PlanLayer(uint32_t layer_index, uint32_t end, bool prom
   return absl::OkStatus();
 }
 
+// The piece of the position, or the next one.
+std::vector<Piece>::const_iterator PieceTable::PieceOf(const std::vector<Piece>& pieces,
+                                                       uint32_t position) {
+  return std::ranges::upper_bound(pieces, position, {},
+                                  [](const Piece& piece) { return piece.begin + piece.capacity; });
+}
+
 void PieceTable::AppendSpans(const std::vector<Piece>& pieces, uint32_t head, uint32_t begin,
                              uint32_t end, std::vector<RowSpan>& spans) const {
-  for (const Piece& piece : pieces) {
-    const uint32_t from = std::max(begin, piece.begin);
-    const uint32_t to = std::min(end, piece.begin + piece.capacity);
-    if (from >= to) continue;
-    spans.push_back({.data = rows(piece, head) + (from - piece.begin) * shape_.row_bytes(),
+  for (auto piece = PieceOf(pieces, begin); piece != pieces.end() && piece->begin < end; ++piece) {
+    const uint32_t from = std::max(begin, piece->begin);
+    const uint32_t to = std::min(end, piece->begin + piece->capacity);
+    spans.push_back({.data = rows(*piece, head) + (from - piece->begin) * shape_.row_bytes(),
                      .position = from,
                      .tokens = to - from});
+  }
+}
+
+void PieceTable::AppendPlaces(uint32_t layer, uint32_t position,
+                              std::vector<std::byte*>& places) const {
+  const Piece& piece = *PieceOf(layers_[layer].pieces, position);
+  for (uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    places.push_back(rows(piece, head) + (position - piece.begin) * shape_.row_bytes());
   }
 }
 

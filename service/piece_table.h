@@ -63,6 +63,11 @@ class PieceTable {
     std::optional<uint32_t> decode_begin;    // set at the prompt's end
   };
 
+  // Whether there is a place for every position up to `end`: then Plan has nothing to take.
+  bool Covers(uint32_t layer, uint32_t end) const {
+    return Geometry(layers_[layer], static_cast<uint32_t>(layers_[layer].pieces.size())).begin >=
+           end;
+  }
   // Takes the memory for positions up to `end` of the layers; with `prompt_end` also for moving
   // the window's tokens. Errors: RESOURCE_EXHAUSTED, and nothing is taken.
   absl::StatusOr<Admission> Plan(uint32_t layer_begin, uint32_t layer_count, uint32_t end,
@@ -73,6 +78,8 @@ class PieceTable {
   // the moves of a prompt's end.
   void Commit(Admission admission, uint32_t layer_begin, uint32_t begin, uint32_t end,
               std::vector<std::vector<RowSpan>>& spans);
+  // Appends where K and V of one token lie, for each head. REQUIRES: it is no sink, and covered.
+  void AppendPlaces(uint32_t layer, uint32_t position, std::vector<std::byte*>& places) const;
   // The moves are done: frees what they left behind.
   void FinishPromptEnd(uint32_t layer);
 
@@ -102,6 +109,8 @@ class PieceTable {
   void Free(const Piece& piece);
   absl::Status PlanLayer(uint32_t layer, uint32_t end, bool prompt_end, std::vector<Piece>& added,
                          std::vector<Piece>& decode, std::vector<RowCopy>& moves);
+  static std::vector<Piece>::const_iterator PieceOf(const std::vector<Piece>& pieces,
+                                                    uint32_t position);
   void AppendSpans(const std::vector<Piece>& pieces, uint32_t head, uint32_t begin, uint32_t end,
                    std::vector<RowSpan>& spans) const;
 

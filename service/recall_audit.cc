@@ -1,12 +1,11 @@
 #include "service/recall_audit.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 
+#include "absl/types/span.h"
 #include "gpu/host/simd.h"
 
 namespace clusterkv::service {
@@ -83,60 +82,21 @@ double MissedMass(absl::Span<const float> scores, const std::vector<bool>& chose
 
 }  // namespace
 
-absl::Status CheckAuditStep(const AuditStep& step) {
-  const gpu::Shape& shape = step.shape;
-  const size_t query_bytes = shape.q_heads * shape.row_bytes() / 2;
-  if (step.queries.size() != query_bytes) {
-    return absl::InvalidArgumentError(
-        fmt::format("queries have {} bytes, not {}", step.queries.size(), query_bytes));
-  }
-  if (step.lse.size() != shape.q_heads) {
-    return absl::InvalidArgumentError(
-        fmt::format("{} log-sum-exps, not {}", step.lse.size(), shape.q_heads));
-  }
-  if (step.chosen.size() % shape.kv_heads != 0) {
-    return absl::InvalidArgumentError(
-        fmt::format("{} chosen positions are not as many for each of {} KV heads",
-                    step.chosen.size(), shape.kv_heads));
-  }
-  const size_t each = step.chosen.size() / shape.kv_heads;
-  for (size_t head = 0; head < shape.kv_heads; ++head) {
-    std::vector<bool> seen(step.candidates_end - step.candidates_begin);
-    for (size_t i = 0; i < each; ++i) {
-      const int32_t position = step.chosen[head * each + i];
-      if (position == -1) continue;
-      const auto candidate = static_cast<uint32_t>(position) - step.candidates_begin;
-      if (position < 0 || candidate >= seen.size() || seen[candidate]) {
-        return absl::InvalidArgumentError(
-            fmt::format("KV head {}: position {} is not one of {} to {}, or is there twice", head,
-                        position, step.candidates_begin, step.candidates_end));
-      }
-      seen[candidate] = true;
-    }
-  }
-  return absl::OkStatus();
-}
-
 AuditResult RunAudit(const AuditStep& step) {
   const gpu::Shape& shape = step.shape;
   const size_t group = shape.group_size();
   std::vector<float> queries(size_t{shape.q_heads} * shape.head_dim);
   gpu::host::ToFloat(shape.dtype, step.queries.data(), queries.data(), queries.size());
-  const size_t each = step.chosen.size() / shape.kv_heads;
   AuditResult result;
   for (size_t head = 0; head < shape.kv_heads; ++head) {
     std::vector<bool> chosen(step.candidates_end - step.candidates_begin);
-    size_t count = 0;
-    for (size_t i = 0; i < each; ++i) {
-      const int32_t position = step.chosen[head * each + i];
-      if (position < 0) continue;
-      chosen[static_cast<uint32_t>(position) - step.candidates_begin] = true;
-      ++count;
+    for (const uint32_t position : step.chosen[head]) {
+      chosen[position - step.candidates_begin] = true;
     }
     const Scores scores(step, head, queries);
     for (size_t g = 0; g < group; ++g) {
       ++result.heads;
-      result.recall_sum += Recall(scores.of(g), chosen, count);
+      result.recall_sum += Recall(scores.of(g), chosen, step.chosen[head].size());
       const double lse = step.lse[head * group + g];
       if (!step.exact_lse || !std::isfinite(lse)) continue;
       const double missed = MissedMass(scores.of(g), chosen, lse);

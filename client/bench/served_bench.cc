@@ -1,6 +1,7 @@
 // served: one layer of a step by one FetchClusters, inputs and outputs in an arena of the daemon's,
-// all hits; beside it the same layer by the client library in this process ("direct"), which waits
-// for its stream after every layer, so that both times end with the output there.
+// all hits, over packets and by gRPC in turns; beside it the same layer by the client library in
+// this process ("direct"), which waits for its stream after every layer, so that all times end with
+// the output there.
 //
 // Both run against one private daemon. Times are a steady clock's, of the caller. A captured graph
 // would not wait at all: that is what `step` measures.
@@ -74,25 +75,31 @@ class ServedBench {
     CKV_RETURN_IF_ERROR(TimeRoundTrips(address));
     for (const FetchMode mode : {FetchMode::kServed, FetchMode::kDirect}) {
       CKV_ASSIGN_OR_RETURN(const auto sequences, Decodable(*client, mode));
-      CKV_ASSIGN_OR_RETURN(std::vector<double> samples, mode == FetchMode::kServed
-                                                            ? TimeServed(sequences)
-                                                            : TimeDirect(*client, sequences));
-      run_.AddRow("served",
-                  {{"mode", mode == FetchMode::kServed ? "served" : "direct"},
-                   {"transport", mode == FetchMode::kServed ? "arena" : "none"},
-                   {"context", tokens_},
-                   {"batch", batch_},
-                   {"budget", method_.budget_tokens},
-                   {"layers", shape_.layers},
-                   {"kv_heads", shape_.kv_heads},
-                   {"q_heads", shape_.q_heads},
-                   {"head_dim", shape_.head_dim},
-                   {"dtype", gpu::DTypeName(shape_.dtype)},
-                   {"preset", run_.options.preset}},
-                  std::move(samples), LayerWork());
+      if (mode == FetchMode::kServed) {
+        CKV_RETURN_IF_ERROR(TimeServed(sequences));
+      } else {
+        CKV_ASSIGN_OR_RETURN(std::vector<double> samples, TimeDirect(*client, sequences));
+        AddRow("direct", "none", std::move(samples));
+      }
       for (const auto& sequence : sequences) CKV_RETURN_IF_ERROR(sequence->Release());
     }
     return absl::OkStatus();
+  }
+
+  void AddRow(const char* mode, const char* transport, std::vector<double> samples) const {
+    run_.AddRow("served",
+                {{"mode", mode},
+                 {"transport", transport},
+                 {"context", tokens_},
+                 {"batch", batch_},
+                 {"budget", method_.budget_tokens},
+                 {"layers", shape_.layers},
+                 {"kv_heads", shape_.kv_heads},
+                 {"q_heads", shape_.q_heads},
+                 {"head_dim", shape_.head_dim},
+                 {"dtype", gpu::DTypeName(shape_.dtype)},
+                 {"preset", run_.options.preset}},
+                std::move(samples), LayerWork());
   }
 
   // Twice a mode's: what the other mode's sequences held is free a moment after their release.
@@ -169,7 +176,7 @@ class ServedBench {
                                                                    FetchMode mode) const {
     std::vector<std::unique_ptr<Sequence>> sequences;
     SequenceOptions options = {.shape = shape_, .method = method_, .mode = mode};
-    options.max_tokens = tokens_ + kWarmUpSteps + steps();
+    options.max_tokens = tokens_ + 2 * (kWarmUpSteps + steps());
     for (uint32_t i = 0; i < batch_; ++i) {
       CKV_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> sequence, client.RegisterSequence(options));
       for (uint32_t position = 0; position < tokens_; position += kIngestTokens) {
@@ -241,8 +248,7 @@ class ServedBench {
   }
 
   // An engine that computes its q, k and v straight into the arena, and reads outputs there.
-  absl::StatusOr<std::vector<double>> TimeServed(
-      const std::vector<std::unique_ptr<Sequence>>& sequences) const {
+  absl::Status TimeServed(const std::vector<std::unique_ptr<Sequence>>& sequences) const {
     const auto& first = dynamic_cast<const SequenceImpl&>(*sequences.front());
     ClientSession& session = first.session();
     const uint64_t kv_bytes = shape_.kv_heads * shape_.row_bytes() / 2;
@@ -250,9 +256,16 @@ class ServedBench {
     const uint64_t k = Aligned(q_bytes_), v = k + Aligned(kv_bytes), output = v + Aligned(kv_bytes);
     const uint64_t item_bytes = output + Aligned(output_bytes);
     CKV_ASSIGN_OR_RETURN(Arena arena, session.TakeIoArena(batch_ * item_bytes));
-    std::vector<double> samples;
-    for (uint32_t step = 0; step < kWarmUpSteps + steps(); ++step) {
+    struct Way {
+      const char* transport;
+      FetchCalls calls;
+      std::vector<double> samples = {};
+    };
+    Way ways[] = {{"arena", session.OpenFetchCalls()},
+                  {"arena, grpc", FetchCalls(session.connection(), nullptr)}};
+    for (uint32_t step = 0; step < 2 * (kWarmUpSteps + steps()); ++step) {
       CKV_RETURN_IF_ERROR(replay::CheckInterrupt());
+      Way& way = ways[step % 2];
       for (uint32_t layer = 0; layer < shape_.layers; ++layer) {
         CKV_RETURN_IF_ERROR(FillArena(arena.memory->data(), layer, item_bytes, k, v));
         const Clock::time_point start = Clock::now();
@@ -274,13 +287,14 @@ class ServedBench {
           place(item.mutable_v()->mutable_arena(), v, kv_bytes);
           place(item.mutable_output_arena(), output, output_bytes);
         }
-        const auto reply = session.connection().FetchClusters(request, session.RpcDeadline());
+        const auto reply = way.calls.Call(std::move(request), 0, session.RpcDeadline());
         CKV_RETURN_IF_ERROR(reply.status());
-        if (step >= kWarmUpSteps) samples.push_back(MicrosecondsSince(start));
+        if (step >= 2 * kWarmUpSteps) way.samples.push_back(MicrosecondsSince(start));
       }
     }
     session.ReturnIoArena(std::move(arena));
-    return samples;
+    for (Way& way : ways) AddRow("served", way.transport, std::move(way.samples));
+    return absl::OkStatus();
   }
 
   // Not timed.

@@ -168,8 +168,9 @@ typedef struct clusterkv_client_options {
   uint32_t device_threads;     // of the host backend's direct fetch, at most 1024; 0 = all cores
   uint32_t reserved;           // 0
   // Share of the direct steps, 0 to 1, that the daemon compares with exact attention, for its
-  // metrics of recall and missed attention. Such a step waits once more for its stream. Captured
-  // batches take no part.
+  // metrics of recall and missed attention. No step waits for that: samples pass through a ring in
+  // device memory, some MiB for all batches, and what does not fit is dropped. Captured batches
+  // take no part, nor does one that is made when the daemon has no memory for the ring.
   double audit_rate;
 } clusterkv_client_options;
 

@@ -52,14 +52,6 @@ Json SessionList(const v1::GetStatusReply& status) {
   return sessions;
 }
 
-Json GrantList(const v1::GetStatusReply& status) {
-  Json grants = Json::array();
-  for (const v1::GrantInfo& grant : status.grant_list()) {
-    grants.push_back({{"grant", grant.grant()}, {"host_bytes", HostBytesJson(grant.host_bytes())}});
-  }
-  return grants;
-}
-
 double Median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   const size_t middle = values.size() / 2;
@@ -99,7 +91,7 @@ std::string StatusJson(const v1::GetStatusReply& status) {
                    {"host_bytes", HostBytesJson(status.host_bytes())},
                    {"gpu_bytes", {{"used", status.gpu_bytes_used()}}},
                    {"session_list", SessionList(status)},
-                   {"grant_list", GrantList(status)},
+                   {"grant_list", GrantListJson(status)},
                    {"device_age_seconds", status.device_age_seconds()},
                    {"counters", CountersJson(status)},
                    {"recent_errors", RecentErrorsJson(status)}});

@@ -35,6 +35,14 @@ Json HostBytesJson(const v1::HostBytes& host) {
           {"quarantined", host.quarantined()}};
 }
 
+Json GrantListJson(const v1::GetStatusReply& status) {
+  Json grants = Json::array();
+  for (const v1::GrantInfo& grant : status.grant_list()) {
+    grants.push_back({{"grant", grant.grant()}, {"host_bytes", HostBytesJson(grant.host_bytes())}});
+  }
+  return grants;
+}
+
 Json CountersJson(const v1::GetStatusReply& status) {
   const v1::Counters& counters = status.counters();
   return {{"direct", CacheJson(counters.direct())},

@@ -3,7 +3,7 @@
 dashboards show. deploy/observe-demo.sh sets up what it needs."""
 
 import argparse
-import contextlib
+import json
 import math
 import os
 import pathlib
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 
 import matplotlib
@@ -32,6 +31,7 @@ START_SECONDS = 60
 STEP_SECONDS = 5
 COLUMNS = 3
 MOST_LINES, MOST_NAMES = 12, 7  # of a panel
+SCREENSHOTS = 10
 COLORS = 256  # of a picture, which makes it a third of its size
 SCALES = {"bytes": (1 << 20, "MiB"), "Bps": (1 << 20, "MiB/s"), "percentunit": (0.01, "%"),
           "s": (1e-3, "ms"), "ops": (1, "1/s"), "reqps": (1, "1/s"), "none": (1, "")}
@@ -116,18 +116,25 @@ def plot(prometheus, name, rows, start, end, out):
     print(f"wrote {path}, {path.stat().st_size // 1024} KiB", file=sys.stderr)
 
 
+def sequences(url):
+    with urllib.request.urlopen(url + "status", timeout=10) as answer:
+        return json.load(answer)["sequences"]
+
+
 def screenshot(url, path):
-    """Of the page on the admin port, where there is a chromium and a page."""
-    browser, is_page = shutil.which("chromium"), False
-    with contextlib.suppress(urllib.error.HTTPError):
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            is_page = answer.headers.get_content_type() == "text/html"
-    if not browser or not is_page:
-        return print("no screenshot: it needs chromium, and a page on /", file=sys.stderr)
-    subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                    "--virtual-time-budget=5000", "--window-size=1200,1400",
-                    f"--screenshot={path}", url], check=True, timeout=120,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Of the page on the admin port, where there is a chromium: while workers have sequences, if one
+    of some tries meets them."""
+    browser = shutil.which("chromium")
+    if not browser:
+        return print("no screenshot: it needs chromium", file=sys.stderr)
+    for _ in range(SCREENSHOTS):
+        before = sequences(url)
+        subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                        "--virtual-time-budget=5000", "--window-size=1200,1240",
+                        f"--screenshot={path}", url], check=True, timeout=120,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if before and sequences(url):
+            break
     return print(f"wrote {path}", file=sys.stderr)
 
 
@@ -147,7 +154,7 @@ def main():
         with (Daemon(options.programs, folder) as daemon,
               LocalPrometheus(folder / "prometheus", [daemon.admin], rules) as prometheus,
               Load(daemon.address, options.programs, steps=256,
-                   options=("--audit-rate", "0.05")) as load):
+                   options=("--audit-rate", "0.05", "--sequences", "4")) as load):
             print(f"daemon http://{daemon.admin}/  prometheus {prometheus.url}/  "
                   f"for {options.minutes:g} minutes", file=sys.stderr)
             start = time.time()

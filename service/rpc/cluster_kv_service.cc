@@ -185,8 +185,13 @@ grpc::ServerUnaryReactor* ClusterKvService::AuditStep(grpc::CallbackServerContex
   auto* call = new CoreCall(counters_, *context, grant_, "AuditStep");
   if (!call->Admitted()) return call;
   reply->set_boot_epoch(core_.boot_epoch());
+  auto converted = FromProto(*request);
+  if (!converted.ok()) {
+    call->End(converted.status());
+    return call;
+  }
   core_.AuditDecodeStep(
-      call->Key(request->session()), FromProto(*request),
+      call->Key(request->session()), *std::move(converted),
       call->Complete<bool>([reply](bool audited) { reply->set_audited(audited); }));
   return call;
 }

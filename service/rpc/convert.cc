@@ -38,18 +38,22 @@ absl::StatusOr<gpu::GroupRule> FromProto(v1::GroupRule rule) {
   }
 }
 
+absl::StatusOr<TensorPlace> FromProto(const v1::ArenaRange& range, const char* name) {
+  if (range.arena_id() == 0) {
+    return absl::InvalidArgumentError(fmt::format("{}: arena_id is 0", name));
+  }
+  return TensorPlace{.inline_bytes = {},
+                     .arena = range.arena_id(),
+                     .offset = range.offset(),
+                     .bytes = range.bytes()};
+}
+
 absl::StatusOr<TensorPlace> FromProto(const v1::TensorRef& tensor, const char* name) {
   switch (tensor.place_case()) {
     case v1::TensorRef::kInline:
       return TensorPlace{.inline_bytes = tensor.inline_()};
     case v1::TensorRef::kArena:
-      if (tensor.arena().arena_id() == 0) {
-        return absl::InvalidArgumentError(fmt::format("{}: arena_id is 0", name));
-      }
-      return TensorPlace{.inline_bytes = {},
-                         .arena = tensor.arena().arena_id(),
-                         .offset = tensor.arena().offset(),
-                         .bytes = tensor.arena().bytes()};
+      return FromProto(tensor.arena(), name);
     default:
       return absl::InvalidArgumentError(fmt::format("{} is missing", name));
   }
@@ -179,20 +183,10 @@ IngestRequest FromProto(const v1::IngestTokensRequest& request) {
           .idempotency_key = request.idempotency_key()};
 }
 
-AuditRequest FromProto(const v1::AuditStepRequest& request) {
-  AuditRequest converted{
-      .sequence = request.sequence_id(),
-      .layer = request.layer(),
-      .cut = request.cut(),
-      .queries = request.queries(),
-      .lse = {},
-      .chosen = {request.selected_positions().begin(), request.selected_positions().end()}};
-  // Of another size it is of no shape: none at all is refused as well.
-  if (request.lse().size() % sizeof(float) == 0) {
-    converted.lse.resize(request.lse().size() / sizeof(float));
-    std::memcpy(converted.lse.data(), request.lse().data(), request.lse().size());
-  }
-  return converted;
+absl::StatusOr<AuditRequest> FromProto(const v1::AuditStepRequest& request) {
+  CKV_ASSIGN_OR_RETURN(TensorPlace slot, FromProto(request.slot(), "slot"));
+  return AuditRequest{
+      .sequence = request.sequence_id(), .layer = request.layer(), .slot = std::move(slot)};
 }
 
 absl::StatusOr<FetchRequest> FromProto(const v1::FetchClustersRequest& request) {
@@ -209,9 +203,7 @@ absl::StatusOr<FetchRequest> FromProto(const v1::FetchClustersRequest& request) 
     CKV_ASSIGN_OR_RETURN(added.k, FromProto(item.k(), "k"));
     CKV_ASSIGN_OR_RETURN(added.v, FromProto(item.v(), "v"));
     if (item.has_output_arena()) {
-      v1::TensorRef output;
-      *output.mutable_arena() = item.output_arena();
-      CKV_ASSIGN_OR_RETURN(added.output, FromProto(output, "output_arena"));
+      CKV_ASSIGN_OR_RETURN(added.output, FromProto(item.output_arena(), "output_arena"));
     }
     converted.items.push_back(std::move(added));
   }

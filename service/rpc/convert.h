@@ -17,7 +17,7 @@ HelloInfo FromProto(const v1::Hello& hello);
 // Errors: INVALID_ARGUMENT naming the field.
 absl::StatusOr<RegisterRequest> FromProto(const v1::RegisterSequenceRequest& request);
 IngestRequest FromProto(const v1::IngestTokensRequest& request);
-AuditRequest FromProto(const v1::AuditStepRequest& request);
+absl::StatusOr<AuditRequest> FromProto(const v1::AuditStepRequest& request);
 absl::StatusOr<FetchRequest> FromProto(const v1::FetchClustersRequest& request);
 
 void ToProto(FetchResult result, v1::FetchResult& reply);

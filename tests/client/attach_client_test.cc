@@ -4,96 +4,19 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <array>
 #include <cstring>
 #include <future>
 
 #include "gpu/device.h"
+#include "tests/client/fake_daemon.h"
 
 namespace clusterkv::client {
 namespace {
 
 constexpr size_t kChunkBytes = 8192;
-constexpr timeval kPeerTimeout = {.tv_sec = 30, .tv_usec = 0};
-
-// The daemon's end of one attach connection, played by the test.
-class FakeDaemon {
- public:
-  FakeDaemon() : path_(testing::TempDir() + "ckv-attach-" + std::to_string(getpid())) {
-    unlink(path_.c_str());
-    sockaddr_un address = {};
-    address.sun_family = AF_UNIX;
-    std::strncpy(address.sun_path, path_.c_str(), sizeof(address.sun_path) - 1);
-    listener_ = gpu::UniqueFd(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-    EXPECT_EQ(bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
-    EXPECT_EQ(listen(listener_.get(), 1), 0);
-  }
-  ~FakeDaemon() { unlink(path_.c_str()); }
-
-  const std::string& path() const { return path_; }
-
-  void Accept() {
-    peer_ = gpu::UniqueFd(accept(listener_.get(), nullptr, nullptr));
-    ASSERT_TRUE(peer_.valid());
-    setsockopt(peer_.get(), SOL_SOCKET, SO_RCVTIMEO, &kPeerTimeout, sizeof(kPeerTimeout));
-  }
-  void Close() { peer_.Reset(); }
-
-  // `fds` ride along.
-  void SendBytes(std::string bytes, const std::vector<int>& fds = {}) {
-    iovec part = {bytes.data(), bytes.size()};
-    alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int) * 4)> control = {};
-    msghdr header = {};
-    header.msg_iov = &part;
-    header.msg_iovlen = 1;
-    if (!fds.empty()) {
-      header.msg_control = control.data();
-      header.msg_controllen = CMSG_SPACE(sizeof(int) * fds.size());
-      cmsghdr* const rights = CMSG_FIRSTHDR(&header);
-      rights->cmsg_level = SOL_SOCKET;
-      rights->cmsg_type = SCM_RIGHTS;
-      rights->cmsg_len = CMSG_LEN(sizeof(int) * fds.size());
-      std::memcpy(CMSG_DATA(rights), fds.data(), sizeof(int) * fds.size());
-    }
-    ASSERT_GE(sendmsg(peer_.get(), &header, MSG_NOSIGNAL), 0);
-  }
-  void Send(const v1::AttachEvent& event, const std::vector<int>& fds = {}) {
-    SendBytes(event.SerializeAsString(), fds);
-  }
-
-  // The next packet; nullopt at the connection's end.
-  std::optional<v1::AttachRequest> Receive(gpu::UniqueFd* fd = nullptr) {
-    std::array<char, 4096> bytes;
-    iovec part = {bytes.data(), bytes.size()};
-    alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control = {};
-    msghdr header = {};
-    header.msg_iov = &part;
-    header.msg_iovlen = 1;
-    header.msg_control = control.data();
-    header.msg_controllen = control.size();
-    const ssize_t received = recvmsg(peer_.get(), &header, MSG_CMSG_CLOEXEC);
-    EXPECT_GE(received, 0) << std::strerror(errno);
-    if (received <= 0) return std::nullopt;
-    if (const cmsghdr* rights = CMSG_FIRSTHDR(&header); rights != nullptr) {
-      int raw = -1;
-      std::memcpy(&raw, CMSG_DATA(rights), sizeof(int));
-      gpu::UniqueFd received_fd(raw);
-      if (fd != nullptr) *fd = std::move(received_fd);
-    }
-    v1::AttachRequest request;
-    EXPECT_TRUE(request.ParseFromArray(bytes.data(), static_cast<int>(received)));
-    return request;
-  }
-
- private:
-  const std::string path_;
-  gpu::UniqueFd listener_, peer_;
-};
 
 gpu::UniqueFd File(size_t bytes, char fill) {
   gpu::UniqueFd fd(memfd_create("test", MFD_CLOEXEC));

@@ -23,6 +23,13 @@ TEST(GrpcStatus, CallsWhatIsNoCodeUnknown) {
   EXPECT_EQ(FromCode(8, "full"), absl::ResourceExhaustedError("full"));
 }
 
+TEST(GrpcStatus, WithoutAnAnswerTheCallMayHaveHappened) {
+  EXPECT_TRUE(MayHaveHappened(absl::DeadlineExceededError("")));
+  EXPECT_TRUE(MayHaveHappened(absl::UnavailableError("")));
+  EXPECT_FALSE(MayHaveHappened(absl::ResourceExhaustedError("")));
+  EXPECT_FALSE(MayHaveHappened(absl::OkStatus()));
+}
+
 TEST(GrpcStatus, AnnotateKeepsTheCode) {
   EXPECT_EQ(Annotate(absl::NotFoundError("gone"), "sequence 3"),
             absl::NotFoundError("sequence 3: gone"));

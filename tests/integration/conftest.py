@@ -3,6 +3,7 @@ build/release/bin); CLUSTERKV_TEST_SLOWDOWN multiplies every bound on time, for 
 loaded machines."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -12,7 +13,8 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 sys.path.insert(0, os.path.dirname(__file__))
 
-from daemon import Daemon, program  # noqa: E402  (needs the path above)
+from daemon import Daemon, program, scratch  # noqa: E402  (needs the path above)
+from fake_kubelet import Kubelet  # noqa: E402
 
 
 def pytest_report_header(config):
@@ -46,3 +48,22 @@ def start_daemon():
 @pytest.fixture
 def daemon(start_daemon):
     return start_daemon()
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Folders of a node. The pool lies on the disk: only what is written takes memory."""
+    folder = scratch()
+    os.mkdir(f"{folder}/plugins")
+    yield {"device-plugin": "true", "device-plugin-dir": f"{folder}/plugins",
+           "grants-dir": f"{folder}/grants", "host-memory": "3gb", "host-chunk": "64mb",
+           "host-memory-dir": f"{tmp_path}/kv"}
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def kubelet(node):
+    made = Kubelet(node["device-plugin-dir"]).start()
+    yield made
+    if made.server is not None:
+        made.stop()

@@ -280,22 +280,27 @@ TEST(RetrieveAll, EqualsDenseOverRandomHistories) {
        .backend = backend == nullptr ? "host" : backend,
        .memory = {.total_bytes = 512ull << 20}});
   ASSERT_TRUE(daemon.ok()) << daemon.status();
-  auto client = Client::Connect({.address = (*daemon)->address(),
-                                 .name = "property_test",
-                                 .ring_bytes = 2ull << 20,
-                                 .device_threads = 2});
-  ASSERT_TRUE(client.ok()) << client.status();
+  std::unique_ptr<Client> clients[2];  // served steps by packets where they fit, and by gRPC alone
+  for (const bool by_grpc : {false, true}) {
+    auto client = Client::Connect({.address = (*daemon)->address(),
+                                   .name = "property_test",
+                                   .ring_bytes = 2ull << 20,
+                                   .device_threads = 2,
+                                   .served_by_grpc = by_grpc});
+    ASSERT_TRUE(client.ok()) << client.status();
+    clients[by_grpc] = *std::move(client);
+  }
   const uint64_t first = gpu::TestSeed();
   std::cout << gpu::SeedTrace(first) << ", " << histories << " histories\n";
   for (int i = 0; i < histories; ++i) {
-    History history(**client, first + static_cast<uint64_t>(i));
+    History history(*clients[i % 2], first + static_cast<uint64_t>(i));
     SCOPED_TRACE(gpu::SeedTrace(first + static_cast<uint64_t>(i)) + " " + history.Describe());
     history.Run();
     if (HasFatalFailure()) break;
     std::cout << history.Describe() << ": " << history.steps() << " steps, worst error "
               << history.worst() << " of the tolerance\n";
   }
-  client->reset();
+  for (auto& client : clients) client.reset();
   EXPECT_TRUE((*daemon)->Stop().ok());
 }
 

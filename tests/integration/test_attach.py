@@ -464,6 +464,21 @@ def test_chunks_of_a_broken_session_stay_in_quarantine_until_the_process_dies(da
         assert daemon.wait_until_free() < bound(3)
 
 
+def test_where_uids_differ_a_chunk_of_old_is_worth_nothing_to_who_kept_it(start_daemon):
+    """The next worker gets another file; that of the first has no bytes any more."""
+    daemon = start_daemon({"host-memory": "4mb", "allow-uids": "any"})
+    path = pathlib.Path(daemon.folder, "kv", "chunk-000000.kv")
+    for mode in (SERVED, DIRECT, SERVED):
+        with open(path, "rb") as kept:
+            worker, _, _ = published(daemon, mode)
+            assert any(kept.read())
+            worker.close()
+            daemon.wait_until_free()
+            assert os.fstat(kept.fileno()).st_size == 0
+            assert os.fstat(kept.fileno()).st_ino != os.stat(path).st_ino
+        assert path.read_bytes() == bytes(4 << 20)
+
+
 def test_memory_is_zeroed_between_sessions(start_daemon):
     """One chunk in all: the second worker gets what the first had."""
     daemon = start_daemon({"host-memory": "4mb"})

@@ -4,7 +4,6 @@ registration to a worker in its container, and whatever either side does in betw
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -16,7 +15,7 @@ import grpc
 import pytest
 
 from attach import AttachSocket
-from daemon import bound, clean_environment, program, run_to_end, scratch
+from daemon import bound, clean_environment, program, run_to_end
 from dense import Kv, decode_step, method_of, shape_of
 from fake_kubelet import Container, Kubelet
 from wire import ROOT, v1
@@ -31,25 +30,6 @@ BIG_METHOD = method_of(prompt_segment_tokens=2048, tokens_per_cluster=64)
 BIG_TOKENS = 56_000
 PROMPT = 200
 TRACE = ROOT / "tests/traces/smollm2-135m-moby-dick.safetensors"
-
-
-@pytest.fixture
-def node(tmp_path):
-    """Folders of a node. The pool lies on the disk: only what is written takes memory."""
-    folder = scratch()
-    os.mkdir(f"{folder}/plugins")
-    yield {"device-plugin": "true", "device-plugin-dir": f"{folder}/plugins",
-           "grants-dir": f"{folder}/grants", "host-memory": "3gb", "host-chunk": "64mb",
-           "host-memory-dir": f"{tmp_path}/kv"}
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def kubelet(node):
-    made = Kubelet(node["device-plugin-dir"]).start()
-    yield made
-    if made.server is not None:
-        made.stop()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import types
 from grpc_tools import protoc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PARTS = ("session", "sequence", "status", "attach", "clusterkv")
+PARTS = ("session", "sequence", "status", "attach", "fetch", "clusterkv")
 KUBELET = "kubelet/deviceplugin/v1beta1/api"
 # Tells child processes where the stubs lie, so that they need not make their own.
 STUBS_VARIABLE = "CLUSTERKV_TEST_STUBS"

@@ -21,6 +21,7 @@ _spec = importlib.util.spec_from_file_location("integration_conftest", INTEGRATI
 _integration = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_integration)
 start_daemon, daemon = _integration.start_daemon, _integration.daemon
+node, kubelet = _integration.node, _integration.kubelet
 
 from daemon import bound  # noqa: E402  (needs the path above)
 

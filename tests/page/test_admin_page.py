@@ -9,6 +9,7 @@ import pytest
 from conftest import DESKTOP, PHONE
 from daemon import bound
 from dense import Kv, method_of, shape_of
+from fake_kubelet import Container
 from worker import DIRECT, SERVED, Worker
 
 PROMPT = 600
@@ -74,6 +75,13 @@ def opened(browser, daemon):
     browser.wait(lambda: browser.text("ready") != "loading", "the page shows nothing")
 
 
+def size_text(count):
+    """As the page has it."""
+    if count < 1 << 20:
+        return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
+    return f"{count / (1 << 20):.1f} MiB"
+
+
 def of(status, path):
     for name in path:
         status = status[name]
@@ -110,6 +118,33 @@ def test_it_shows_what_status_says(daemon, browse):
         assert shown[str(sequence.id)][2:5] == ["served", "2 x 2/4 x 64 fp16",
                                                 f"{PROMPT + 4} of {PROMPT + STEPS}"]
         assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_it_shows_grants_where_there_are_any(start_daemon, node, kubelet, browse, size):
+    daemon = start_daemon(node)
+    kubelet.wait_registered()
+    browser = browse(size)
+    opened(browser, daemon)
+    hidden = "return document.getElementById('grants').offsetParent === null"
+    assert browser.run(hidden) and not daemon.status()["grant_list"]
+    one, two = map(Container, kubelet.allocate(["gib-0"], ["gib-1", "gib-2"]))
+    with Worker(one.address, "first") as first, Worker(one.address, "second"):
+        prepared(first)
+        with Worker(two.address, "gone") as gone:
+            gone.register(shape_of(), method_of(), PROMPT, SERVED)
+            held = {each["grant"]: each["host_bytes"] for each in daemon.status()["grant_list"]}
+            assert held[one.grant]["used"] > 0 and held[two.grant]["reserved"] > 0
+            expected = [
+                [container.grant, limit,
+                 *(size_text(held[container.grant][state])
+                   for state in ("used", "reserved", "quarantined")), sessions]
+                for container, limit, sessions in ((two, "2.0 GiB", "1"), (one, "1.0 GiB", "2"))]
+            browser.wait(lambda: browser.rows("grant-table") == expected, f"not {expected}")
+            assert not browser.run(hidden)
+            assert not browser.scrolls_sideways()
+        browser.wait(lambda: browser.rows("grant-table")[0][5] == "0", "its session still counts")
+    assert browser.complaints() == []
 
 
 def test_the_chart_shows_the_hit_rate_of_a_load(daemon, browse):

@@ -1,11 +1,12 @@
 # The service without gRPC. core_test runs a whole ServiceCore over the host device.
-foreach(NAME cluster_scheduler extent_allocator host_account host_pool numa_policy piece_table recall_audit
+foreach(NAME audit_slot cluster_scheduler extent_allocator host_account host_pool numa_policy piece_table recall_audit
              ring_ranges session_memory task_queue)
   clusterkv_add_test(${NAME}_test ${CMAKE_CURRENT_LIST_DIR}/${NAME}_test.cc)
   target_link_libraries(${NAME}_test PRIVATE clusterkv::service)
 endforeach()
 
 clusterkv_add_test(core_test
+  ${CMAKE_CURRENT_LIST_DIR}/core_audit_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_fixture.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_grant_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_kept_memory_test.cc

@@ -105,12 +105,13 @@ std::byte* FakeWorker::arena_data(ArenaId arena) const {
   return told_.arenas.at(arena)->data();
 }
 
-CoreTest::CoreTest(uint32_t chunks) : pool_(chunks, kChunk) {}
+CoreTest::CoreTest(uint32_t chunks, bool new_files) : pool_(chunks, kChunk, new_files) {}
 
 CoreTest::~CoreTest() {
   if (core_ == nullptr) return;
   device_->stage.Open();
   device_->cluster.Open();
+  device_->audit.Open();
   core_->Stop();
 }
 

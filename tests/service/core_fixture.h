@@ -105,7 +105,7 @@ class CoreTest : public testing::Test {
   static constexpr uint64_t kEpoch = 77;
   using Worker = std::shared_ptr<FakeWorker>;
 
-  explicit CoreTest(uint32_t chunks = 32);
+  explicit CoreTest(uint32_t chunks = 32, bool new_files = false);
   ~CoreTest() override;
   void StartCore(CoreOptions options = {});
 

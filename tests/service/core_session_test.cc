@@ -4,6 +4,7 @@
 
 #include <thread>
 
+#include "service/recent_errors.h"
 #include "tests/service/core_fixture.h"
 
 namespace clusterkv::service {
@@ -273,6 +274,36 @@ TEST_F(CoreSessionTest, DeviceThatDoesNotAnswerMakesTheDaemonUnready) {
   device_->shared.Open();
   EXPECT_TRUE(arena.Get().ok());
   EXPECT_TRUE(AwaitStatus([](const DaemonStatus& status) { return status.ready; }));
+}
+
+class CoreNewFilesTest : public CoreTest {
+ protected:
+  CoreNewFilesTest() : CoreTest(32, /*new_files=*/true) {}
+};
+
+TEST_F(CoreNewFilesTest, AChunkThatCannotBeCleanedIsTriedAgainEachTick) {
+  StartCore();
+  Worker worker = Attached();
+  const SequenceId sequence = MustRegister(worker, FetchMode::kDirect);
+  MustIngest(worker, sequence, 0, 60, true);
+  {
+    const FileSizeLimit limit(kChunk / 2);
+    core_->Goodbye(worker->session);
+    const auto warned = [] {
+      return std::ranges::any_of(DaemonErrors().List(), [](const RecentError& error) {
+        return error.text.find("stays in quarantine") != std::string::npos;
+      });
+    };
+    EXPECT_TRUE(AwaitStatus([&](const DaemonStatus& s) {
+      return warned() && s.sessions.empty() && s.host.quarantined_bytes > 0;
+    }));
+  }
+  EXPECT_TRUE(AwaitStatus([&](const DaemonStatus& s) {
+    core_->Tick();
+    return s.host.quarantined_bytes == 0 && s.host.used_bytes == 0;
+  }));
+  worker = Attached();
+  MustIngest(worker, MustRegister(worker, FetchMode::kDirect), 0, 60, true);
 }
 
 }  // namespace

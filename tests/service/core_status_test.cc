@@ -254,44 +254,6 @@ TEST_F(CoreStatusTest, TellsHowMuchOfTheHostMemoryIsFilled) {
   EXPECT_LE(status.host_extent_bytes, status.host.used_bytes);
 }
 
-TEST_F(CoreStatusTest, AuditsPauseToKeepToTheirShare) {
-  CoreOptions options;
-  options.audit_share = 0.5;
-  StartCore(options);
-  const Worker worker = Attached();
-  const SequenceId sequence = MustRegister(worker, FetchMode::kDirect);
-  MustIngest(worker, sequence, 0, 60, true);
-  ASSERT_EQ(Wait(worker, sequence, 0)->cut, 52u);
-  const auto audit = [&](SequenceId of, uint32_t cut) {
-    AuditRequest request;
-    request.sequence = of;
-    request.cut = cut;
-    request.queries.assign(2 * 64 * 2, '\0');
-    request.lse = {0, 0};
-    request.chosen = {4, 51};
-    Reply<bool> reply;
-    core_->AuditDecodeStep(worker->key, request, reply.done());
-    return reply.Get();
-  };
-  EXPECT_TRUE(*audit(sequence, 52));
-  EXPECT_FALSE(*audit(sequence, 52)) << "the clock stands still: its pause is not over";
-  Advance(absl::Minutes(1));
-  EXPECT_TRUE(*audit(sequence, 52));
-  EXPECT_EQ(audit(sequence, 40).status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(audit(sequence + 1, 52).status().code(), absl::StatusCode::kNotFound);
-  Fence();
-  core_->Tick();
-  Fence();
-  const AuditStatus status = core_->status().audit;
-  EXPECT_EQ(status.steps, 2u);
-  EXPECT_EQ(status.skipped, 1u);
-  EXPECT_EQ(status.recall_heads, 4u);
-  // Every score is 0: of 48 candidates, 46 were not chosen, and what was attended weighs 1.
-  EXPECT_NEAR(status.missed_mass_sum, 4 * 46.0 / 47, 1e-6);
-  EXPECT_GT(status.seconds, 0);
-  EXPECT_TRUE(*Release(worker, sequence));
-}
-
 TEST_F(CoreStatusTest, AStuckThreadIsSeenFromOutside) {
   StartCore();
   const Worker worker = Attached();

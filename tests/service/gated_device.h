@@ -1,5 +1,5 @@
-// The host device, whose staging, k-means, steps and allocations wait at a gate or fail when a test
-// says so.
+// The host device, whose staging, k-means, steps, allocations and audits' copies wait at a gate or
+// fail when a test says so.
 #pragma once
 
 #include <atomic>
@@ -52,13 +52,34 @@ class Gate {
   int waiting_ = 0;                  // guarded by mu_
 };
 
+class GatedStream : public gpu::Stream {
+ public:
+  // `gate` and `fail` outlive it.
+  GatedStream(std::unique_ptr<gpu::Stream> stream, Gate& gate, const std::atomic<bool>& fail)
+      : stream_(std::move(stream)), gate_(gate), fail_(fail) {}
+
+  absl::Status CopyAsync(void* destination, const void* source, size_t bytes) override {
+    gate_.Pass();
+    if (fail_) return absl::InternalError("copying failed");
+    return stream_->CopyAsync(destination, source, bytes);
+  }
+  absl::StatusOr<std::unique_ptr<gpu::Event>> Record() override { return stream_->Record(); }
+  absl::Status Synchronize() override { return stream_->Synchronize(); }
+
+ private:
+  const std::unique_ptr<gpu::Stream> stream_;
+  Gate& gate_;
+  const std::atomic<bool>& fail_;
+};
+
 class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::DecodeOps {
  public:
   explicit GatedDevice(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}
 
-  Gate stage, cluster, shared;
+  Gate stage, cluster, shared, audit;
   std::atomic<bool> counts = true;  // who maps shared memory
   std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
+  std::atomic<bool> fail_audit = false;
   std::atomic<size_t> largest_allocation = SIZE_MAX;   // not of shared memory
   std::atomic<uint32_t> fail_steps_of_generation = 0;  // by an error bit; 0: none
 
@@ -79,7 +100,9 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
   bool counts_importers() const override { return counts; }
   bool computes_on_host_memory() const override { return device_->computes_on_host_memory(); }
   absl::StatusOr<std::unique_ptr<gpu::Stream>> CreateStream(const std::string& name) override {
-    return device_->CreateStream(name);
+    auto stream = device_->CreateStream(name);
+    if (!stream.ok() || name != "audit") return stream;
+    return std::make_unique<GatedStream>(*std::move(stream), audit, fail_audit);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> Allocate(size_t bytes) override {
     if (bytes > largest_allocation) return absl::ResourceExhaustedError("no device memory");

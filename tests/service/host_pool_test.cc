@@ -4,12 +4,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <csignal>
 #include <cstring>
 #include <fstream>
 #include <string>
@@ -35,26 +33,6 @@ void ExpectStatus(const HostPool& pool, uint64_t used, uint64_t reserved, uint64
   EXPECT_EQ(status.free_bytes(),
             (pool.chunk_count() - used - reserved - quarantined) * pool.chunk_bytes());
 }
-
-// Files of this process may not grow beyond `bytes`.
-class FileSizeLimit {
- public:
-  explicit FileSizeLimit(uint64_t bytes) {
-    before_ = std::signal(SIGXFSZ, SIG_IGN);
-    getrlimit(RLIMIT_FSIZE, &limit_);
-    rlimit lower = limit_;
-    lower.rlim_cur = bytes;
-    setrlimit(RLIMIT_FSIZE, &lower);
-  }
-  ~FileSizeLimit() {
-    setrlimit(RLIMIT_FSIZE, &limit_);
-    std::signal(SIGXFSZ, before_);
-  }
-
- private:
-  rlimit limit_{};
-  void (*before_)(int) = nullptr;
-};
 
 TEST(HostPool, AllocatesWholeChunksInFull) {
   TemporaryDirectory directory;
@@ -168,7 +146,7 @@ TEST(HostPool, FollowsAChunkThroughItsStates) {
   ExpectStatus(*pool, 2, 1, 0);
   pool->Quarantine(*reserved);
   ExpectStatus(*pool, 1, 1, 1);
-  pool->Zero(*reserved);
+  ASSERT_TRUE(pool->Clean(*reserved).ok());
   pool->Recycle(*reserved);
   ExpectStatus(*pool, 1, 1, 0);
   pool->Unreserve(1);
@@ -212,13 +190,74 @@ TEST(HostPool, ReservingMoreThanThereIsTakesNothing) {
   ExpectStatus(*pool, 0, 0, 0);
 }
 
-TEST(HostPool, ZeroClearsAllOfAChunk) {
+// Of a worker that said that it had unmapped the chunk, and lied.
+TEST(HostPool, WhoStillMapsAChunkOfOldSeesNothingOfTheNewOne) {
+  TemporaryDirectory directory;
+  const auto created = HostPool::Create({.directory = directory.path(),
+                                         .total_bytes = 2 * kChunk,
+                                         .chunk_bytes = kChunk,
+                                         .new_files = true});
+  ASSERT_TRUE(created.ok()) << created.status();
+  HostPool& pool = **created;
+  const PoolChunk chunk = *pool.Lend(HostPool::Source::kFree);
+  std::memset(pool.data(chunk), 0x11, kChunk);
+  std::memset(pool.data(1 - chunk), 0x22, kChunk);
+  const gpu::UniqueFd kept(dup(pool.read_only_fd(chunk)));
+  void* const view = mmap(nullptr, kChunk, PROT_READ, MAP_SHARED, kept.get(), 0);
+  ASSERT_NE(view, MAP_FAILED);
+  ASSERT_EQ(*static_cast<const char*>(view), 0x11);
+  pool.Quarantine(chunk);
+  ASSERT_TRUE(pool.Clean(chunk).ok());
+  pool.Recycle(chunk);
+  ASSERT_EQ(*pool.Lend(HostPool::Source::kFree), chunk);
+  EXPECT_TRUE(std::all_of(pool.data(chunk), pool.data(chunk) + kChunk,
+                          [](std::byte byte) { return byte == std::byte{0}; }));
+  std::memset(pool.data(chunk), 0x33, kChunk);
+  struct stat old_file = {}, new_file = {};
+  ASSERT_EQ(fstat(kept.get(), &old_file), 0);
+  ASSERT_EQ(fstat(pool.read_only_fd(chunk), &new_file), 0);
+  EXPECT_EQ(old_file.st_size, 0);
+  EXPECT_EQ(old_file.st_blocks, 0);
+  EXPECT_GE(static_cast<uint64_t>(new_file.st_blocks) * 512, kChunk);
+  EXPECT_EQ(new_file.st_mode & 0777, 0600u);
+  char read = 0;
+  EXPECT_EQ(pread(pool.read_only_fd(chunk), &read, 1, 100), 1);
+  EXPECT_EQ(read, 0x33);
+  munmap(view, kChunk);
+  EXPECT_EQ(pool.data(1 - chunk)[kChunk - 1], std::byte{0x22});
+  EXPECT_EQ(FilesIn(directory.path()), 3u);  // the lock is one
+}
+
+TEST(HostPool, ANewFileThatThereIsNoRoomForCanBeHadLater) {
+  TemporaryDirectory directory;
+  const auto created = HostPool::Create({.directory = directory.path(),
+                                         .total_bytes = kChunk,
+                                         .chunk_bytes = kChunk,
+                                         .new_files = true});
+  ASSERT_TRUE(created.ok()) << created.status();
+  HostPool& pool = **created;
+  const PoolChunk chunk = *pool.Lend(HostPool::Source::kFree);
+  pool.Quarantine(chunk);
+  {
+    const FileSizeLimit limit(kChunk / 2);
+    for (int i = 0; i < 2; ++i) {
+      EXPECT_EQ(pool.Clean(chunk).code(), absl::StatusCode::kResourceExhausted);
+    }
+  }
+  ExpectStatus(pool, 0, 0, 1);
+  ASSERT_TRUE(pool.Clean(chunk).ok());
+  pool.Recycle(chunk);
+  const PoolChunk again = *pool.Lend(HostPool::Source::kFree);
+  std::memset(pool.data(again), 0x44, kChunk);
+}
+
+TEST(HostPool, CleanClearsAllOfAChunk) {
   TemporaryPool pool(2, kChunk);
   const PoolChunk chunk = *pool->Lend(HostPool::Source::kFree);
   std::memset(pool->data(0), 0x11, kChunk);
   std::memset(pool->data(1), 0x11, kChunk);
   pool->Quarantine(chunk);
-  pool->Zero(chunk);
+  ASSERT_TRUE(pool->Clean(chunk).ok());
   const auto is = [&](PoolChunk which, std::byte value) {
     return std::all_of(pool->data(which), pool->data(which) + kChunk,
                        [value](std::byte byte) { return byte == value; });

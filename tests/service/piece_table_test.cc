@@ -65,6 +65,9 @@ class Ingest {
                      bool prompt_end) {
     auto admission = table_.Plan(layer, layers, end, prompt_end);
     if (!admission.ok()) return admission.status();
+    for (uint32_t i = 0; i < layers; ++i) {
+      EXPECT_EQ(table_.Covers(layer + i, end), admission->added[i].empty());
+    }
     Work work{.layer = layer,
               .layers = layers,
               .prompt_end = prompt_end,
@@ -74,6 +77,7 @@ class Ingest {
               .spans = {}};
     table_.Commit(*std::move(admission), layer, std::max(begin, scenario_.method.sink_tokens), end,
                   work.spans);
+    if (!prompt_end) ExpectSamePlaces(work);
     queue_.push_back(std::move(work));
     return absl::OkStatus();
   }
@@ -127,6 +131,23 @@ class Ingest {
     std::vector<RowCopy> moves;
     std::vector<std::vector<RowSpan>> spans;
   };
+
+  // Token by token as in spans.
+  void ExpectSamePlaces(const Work& work) const {
+    const uint32_t heads = scenario_.shape.kv_heads;
+    for (size_t i = 0; i < work.spans.size(); ++i) {
+      const auto layer = static_cast<uint32_t>(work.layer + i / heads);
+      EXPECT_TRUE(table_.Covers(layer, work.end));
+      for (const RowSpan& span : work.spans[i]) {
+        for (uint32_t token = 0; token < span.tokens; ++token) {
+          std::vector<std::byte*> places;
+          table_.AppendPlaces(layer, span.position + token, places);
+          ASSERT_EQ(places.size(), heads);
+          EXPECT_EQ(places[i % heads], span.data + token * scenario_.shape.row_bytes());
+        }
+      }
+    }
+  }
 
   static uint64_t Token(uint32_t layer, uint32_t head, uint32_t position) {
     return (uint64_t{layer + 1} << 48) | (uint64_t{head + 1} << 32) | position;

@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <functional>
+#include <cstring>
 #include <limits>
 
 namespace clusterkv::service {
@@ -16,7 +16,7 @@ constexpr uint32_t kSinks = 2;
 // the queries are 1 and -1 there, so that their scores are the keys and their negatives.
 class RecallAuditTest : public testing::Test {
  protected:
-  AuditStep Step(const std::vector<float>& keys, const std::vector<int32_t>& chosen) {
+  AuditStep Step(const std::vector<float>& keys, const std::vector<uint32_t>& chosen) {
     AuditStep step;
     step.shape = {
         .layers = 1, .kv_heads = 1, .q_heads = 2, .head_dim = kDim, .dtype = gpu::DType::kFp32};
@@ -41,10 +41,10 @@ class RecallAuditTest : public testing::Test {
     std::vector<float> queries(2 * kDim);
     queries[0] = 1;
     queries[kDim] = -1;
-    step.queries.assign(reinterpret_cast<const char*>(queries.data()),
-                        queries.size() * sizeof(float));
+    step.queries.resize(queries.size() * sizeof(float));
+    std::memcpy(step.queries.data(), queries.data(), step.queries.size());
     step.lse = {0, 0};
-    step.chosen = chosen;
+    step.chosen = {chosen};
     return step;
   }
 
@@ -54,14 +54,13 @@ class RecallAuditTest : public testing::Test {
 
 TEST_F(RecallAuditTest, ComparesWithEachQueryHeadsOwnBest) {
   // Best of the first head: positions 2 and 5; of the second: 3 and 4.
-  const AuditStep step = Step({4, 1, 2, 3}, {2, 4, -1});
-  ASSERT_TRUE(CheckAuditStep(step).ok());
+  const AuditStep step = Step({4, 1, 2, 3}, {2, 4});
   const AuditResult result = RunAudit(step);
   EXPECT_EQ(result.heads, 2u);
   EXPECT_EQ(result.recall_sum, 0.5 + 0.5);
   EXPECT_EQ(RunAudit(Step({4, 1, 2, 3}, {2, 5})).recall_sum, 1.0 + 0.0);
   EXPECT_EQ(RunAudit(Step({4, 1, 2, 3}, {2, 3, 4, 5})).recall_sum, 2.0);
-  EXPECT_EQ(RunAudit(Step({4, 1, 2, 3}, {-1, -1})).recall_sum, 2.0) << "nothing was to be chosen";
+  EXPECT_EQ(RunAudit(Step({4, 1, 2, 3}, {})).recall_sum, 2.0) << "nothing was to be chosen";
 }
 
 TEST_F(RecallAuditTest, MassOfWhatWasNotChosenIsMissed) {
@@ -103,32 +102,9 @@ TEST_F(RecallAuditTest, ValuesThatAreNoNumbersDoNoHarm) {
 }
 
 TEST_F(RecallAuditTest, NothingPublishedMissesNothing) {
-  AuditStep step = Step({}, {-1});
-  ASSERT_TRUE(CheckAuditStep(step).ok());
+  const AuditStep step = Step({}, {});
   EXPECT_EQ(RunAudit(step).recall_sum, 2.0);
   EXPECT_EQ(RunAudit(step).missed_mass_sum, 0.0);
-}
-
-TEST_F(RecallAuditTest, RefusesWhatDoesNotFit) {
-  const auto code = [&](const std::function<void(AuditStep&)>& change) {
-    AuditStep step = Step({4, 1, 2, 3}, {2, 3});
-    change(step);
-    return CheckAuditStep(step).code();
-  };
-  EXPECT_EQ(code([](AuditStep&) {}), absl::StatusCode::kOk);
-  constexpr auto kBad = absl::StatusCode::kInvalidArgument;
-  EXPECT_EQ(code([](AuditStep& step) { step.queries.pop_back(); }), kBad);
-  EXPECT_EQ(code([](AuditStep& step) { step.lse.pop_back(); }), kBad);
-  EXPECT_EQ(code([](AuditStep& step) { step.chosen = {1}; }), kBad) << "a sink";
-  EXPECT_EQ(code([](AuditStep& step) { step.chosen = {6}; }), kBad) << "the window";
-  EXPECT_EQ(code([](AuditStep& step) { step.chosen = {-2}; }), kBad);
-  EXPECT_EQ(code([](AuditStep& step) { step.chosen = {3, 3}; }), kBad) << "twice";
-  EXPECT_EQ(code([](AuditStep& step) {
-              step.shape.kv_heads = 2;
-              step.chosen = {3, 4, 5};
-            }),
-            kBad)
-      << "not as many for each head";
 }
 
 }  // namespace

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
@@ -33,12 +35,33 @@ class TemporaryDirectory {
   std::string path_;
 };
 
+// Files of this process may not grow beyond `bytes`.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(uint64_t bytes) {
+    before_ = std::signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &limit_);
+    rlimit lower = limit_;
+    lower.rlim_cur = bytes;
+    setrlimit(RLIMIT_FSIZE, &lower);
+  }
+  ~FileSizeLimit() {
+    setrlimit(RLIMIT_FSIZE, &limit_);
+    std::signal(SIGXFSZ, before_);
+  }
+
+ private:
+  rlimit limit_{};
+  void (*before_)(int) = nullptr;
+};
+
 class TemporaryPool {
  public:
-  TemporaryPool(uint32_t chunks, uint64_t chunk_bytes) {
+  TemporaryPool(uint32_t chunks, uint64_t chunk_bytes, bool new_files = false) {
     auto pool = HostPool::Create({.directory = directory_.path(),
                                   .total_bytes = chunks * chunk_bytes,
-                                  .chunk_bytes = chunk_bytes});
+                                  .chunk_bytes = chunk_bytes,
+                                  .new_files = new_files});
     if (!pool.ok()) std::abort();
     pool_ = *std::move(pool);
     accounts_ = std::make_unique<HostAccounts>(*pool_, /*offered_bytes=*/0);

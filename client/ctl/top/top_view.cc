@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <utility>
@@ -139,9 +140,31 @@ void AddErrors(const v1::GetStatusReply& status, std::vector<StyledLine>& lines)
   }
 }
 
+using Rows = std::vector<std::vector<std::string>>;
+
+// The first row is the heading.
+void AddTable(const Rows& rows, std::vector<StyledLine>& lines) {
+  std::istringstream table(Table(rows));
+  Style style = Style::kBold;
+  for (std::string text; std::getline(table, text); style = Style::kPlain) {
+    lines.emplace_back(text, style);
+  }
+}
+
+void AddGrants(const v1::GetStatusReply& status, std::vector<StyledLine>& lines) {
+  std::map<std::string, size_t> sessions;
+  for (const v1::SessionInfo& session : status.session_list()) ++sessions[session.grant()];
+  Rows rows = {{"GRANT", "LIMIT", "USED", "RESERVED", "QUARANTINED", "SESSIONS"}};
+  for (const v1::GrantInfo& grant : status.grant_list()) {
+    const v1::HostBytes& host = grant.host_bytes();
+    rows.push_back({grant.grant(), Bytes(host.total()), Bytes(host.used()), Bytes(host.reserved()),
+                    Bytes(host.quarantined()), std::to_string(sessions[grant.grant()])});
+  }
+  AddTable(rows, lines);
+}
+
 void AddSessions(const v1::GetStatusReply& status, std::vector<StyledLine>& lines) {
-  std::vector<std::vector<std::string>> rows = {
-      {"SESSION", "HOST", "DEVICE", "SEQUENCES", "AGE", "PID", "UID", "NAME"}};
+  Rows rows = {{"SESSION", "HOST", "DEVICE", "SEQUENCES", "AGE", "PID", "UID", "NAME"}};
   for (const v1::SessionInfo* session : BySize(status)) {
     rows.push_back({std::to_string(session->session_id()), Bytes(session->host_bytes()),
                     Bytes(session->gpu_bytes()), std::to_string(session->sequences()),
@@ -150,11 +173,7 @@ void AddSessions(const v1::GetStatusReply& status, std::vector<StyledLine>& line
                     std::to_string(session->uid()),
                     session->client_name() + (session->attached() ? "" : " (not attached)")});
   }
-  std::istringstream table(Table(rows));
-  Style style = Style::kBold;
-  for (std::string text; std::getline(table, text); style = Style::kPlain) {
-    lines.emplace_back(text, style);
-  }
+  AddTable(rows, lines);
 }
 
 Json CacheJson(const CacheRates& rates) {
@@ -188,6 +207,10 @@ std::vector<StyledLine> TopLines(const TopTick& tick) {
     AddErrors(tick.status, lines);
     lines.emplace_back();
   }
+  if (tick.status.grant_list_size() > 0) {
+    AddGrants(tick.status, lines);
+    lines.emplace_back();
+  }
   AddSessions(tick.status, lines);
   return lines;
 }
@@ -214,6 +237,7 @@ std::string TopJson(const TopTick& tick) {
                  {"sessions", status.sessions()},
                  {"sequences", status.sequences()},
                  {"session_list", std::move(sessions)},
+                 {"grant_list", GrantListJson(status)},
                  {"recent_errors", RecentErrorsJson(status)}});
   }
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);

@@ -19,7 +19,7 @@ struct TopTick {
   std::string error;           // why `status` is not of now; empty: it is
 };
 
-// Sessions come with the most memory first.
+// Sessions come with the most memory first, before them grants, where there are any.
 std::vector<StyledLine> TopLines(const TopTick& tick);
 // One line, without its line break.
 std::string TopJson(const TopTick& tick);

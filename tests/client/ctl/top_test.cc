@@ -104,6 +104,39 @@ TEST(Top, SortsSessionsByMemoryAndKeepsNamesHarmless) {
   EXPECT_THAT(Text(tick, /*colour=*/true), HasSubstr("\x1b[1mSESSION"));
 }
 
+v1::HostBytes& AddGrant(v1::GetStatusReply& status, const std::string& id, uint64_t limit) {
+  v1::GrantInfo& grant = *status.add_grant_list();
+  grant.set_grant(id);
+  grant.mutable_host_bytes()->set_total(limit);
+  return *grant.mutable_host_bytes();
+}
+
+TEST(Top, ShowsGrantsWhereThereAreAny) {
+  TopTick tick;
+  AddSession(tick.status, 1, 10, 0).set_grant("00000000000000aa");
+  AddSession(tick.status, 2, 20, 0).set_grant("00000000000000aa");
+  AddSession(tick.status, 3, 30, 0);
+  EXPECT_THAT(Text(tick), Not(HasSubstr("GRANT")));
+  v1::HostBytes& used = AddGrant(tick.status, "00000000000000aa", 4096);
+  used.set_used(1024);
+  used.set_reserved(2048);
+  used.set_quarantined(512);
+  AddGrant(tick.status, "evil\x1b[2J", 8192);
+  const std::string text = Text(tick);
+  EXPECT_THAT(text,
+              testing::ContainsRegex("GRANT +LIMIT +USED +RESERVED +QUARANTINED +SESSIONS\n"));
+  EXPECT_THAT(text,
+              testing::ContainsRegex("00000000000000aa +4.0 KiB +1.0 KiB +2.0 KiB +512 B +2\n"));
+  EXPECT_THAT(text, testing::ContainsRegex("evil.?.2J +8.0 KiB +0 B +0 B +0 B +0\n"));
+  EXPECT_THAT(text, Not(HasSubstr("\x1b")));
+  EXPECT_LT(text.find("GRANT"), text.find("SESSION "));
+  EXPECT_THAT(Text(tick, /*colour=*/true), HasSubstr("\x1b[1mGRANT"));
+  const auto json = nlohmann::json::parse(TopJson(tick))["grant_list"];
+  EXPECT_EQ(json[0]["grant"], "00000000000000aa");
+  EXPECT_EQ(json[0]["host_bytes"]["quarantined"], 512);
+  EXPECT_EQ(json.size(), 2u);
+}
+
 TEST(Top, ShowsTheLastErrorsAndAnAnswerThatDidNotCome) {
   TopTick tick;
   for (int i = 0; i < 5; ++i) {

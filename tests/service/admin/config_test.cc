@@ -69,6 +69,7 @@ TEST(Config, DefaultsNeedNoFlags) {
   EXPECT_EQ(config->gpu_sharing, gpu::GpuSharing::kVmm);
   EXPECT_EQ(config->threads, 0);
   EXPECT_THAT(config->allow_uids, Optional(ElementsAre(geteuid())));
+  EXPECT_FALSE(config->has_many_parties());
   EXPECT_THAT(config->allow_gids, Optional(IsEmpty()));
   EXPECT_EQ(config->max_sessions, 64u);
   EXPECT_EQ(config->max_sequences_per_session, 1024u);
@@ -145,6 +146,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->gpu_sharing, gpu::GpuSharing::kLegacy);
   EXPECT_EQ(config->threads, 3);
   EXPECT_EQ(config->allow_uids, std::nullopt);
+  EXPECT_TRUE(config->has_many_parties());
   EXPECT_THAT(config->allow_gids, Optional(ElementsAre(7u, 9u)));
   EXPECT_EQ(config->max_sessions, 2u);
   EXPECT_EQ(config->max_sequences_per_session, 3u);
