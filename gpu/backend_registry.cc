@@ -12,7 +12,7 @@ namespace {
 
 absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions& options) {
 #ifdef CLUSTERKV_CUDA
-  return cuda::CudaDevice::Create(options.device);
+  return cuda::CudaDevice::Create(options.device, options.gpu_sharing);
 #else
   (void)options;
   return absl::UnavailableError("backend is \"cuda\"; this build has no CUDA backend");
@@ -29,6 +29,10 @@ absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& option
     if (!absl::IsUnavailable(device.status())) return device;
   }
   if (options.backend == "host" || options.backend == "auto") {
+    if (options.gpu_sharing == GpuSharing::kLegacy) {
+      return absl::InvalidArgumentError(
+          "gpu-sharing is legacy; the host backend shares memory by descriptors alone");
+    }
     return host::HostDevice::Create(options.threads);
   }
   return absl::InvalidArgumentError(

@@ -46,6 +46,8 @@ class DeviceMemory {
   virtual ~DeviceMemory() = default;
   virtual std::byte* data() const = 0;
   virtual size_t bytes() const = 0;
+  // Zeroes all of it; work of streams on it has passed.
+  virtual absl::Status Clear() = 0;
   // A descriptor that another process can import; INVALID_ARGUMENT unless made exportable.
   virtual absl::StatusOr<UniqueFd> Export() const = 0;
 };
@@ -84,16 +86,26 @@ class Device {
                                                                          MapAccess access) = 0;
   // Maps memory that another process exported. Errors: INVALID_ARGUMENT if it is shorter.
   virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Import(UniqueFd fd, size_t bytes) = 0;
+  // Is shared memory that is freed here handed to nobody else while another process maps it?
+  // If not, it must be kept until none does.
+  virtual bool counts_importers() const = 0;
   // Is device memory host memory? If not, rows in host memory are copied before they are clustered.
   virtual bool computes_on_host_memory() const = 0;
   virtual DecodeOps& decode_ops() = 0;
   virtual ClusterOps& cluster_ops() = 0;
 };
 
+// How device memory goes to other processes: by CUDA's virtual memory, whose driver counts who maps
+// it, or by legacy handles, for drivers without that. What is imported says itself which it is.
+enum class GpuSharing { kVmm, kLegacy };
+
 struct DeviceOptions {
   std::string backend = "auto";  // "host", "cuda" or "auto": cuda if it is there, else host
   std::string device = {};       // of cuda: an index or a UUID; empty: the first
   int threads = 0;               // of the host backend; 0 = all cores this process may use
+  // Of cuda. Given, it must work: by default a driver without it is only found out when memory is
+  // shared.
+  std::optional<GpuSharing> gpu_sharing = {};
 };
 
 // The registry of backends. Errors: INVALID_ARGUMENT for an unknown name, UNAVAILABLE for a

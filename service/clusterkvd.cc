@@ -164,7 +164,8 @@ absl::Status Serve(const Config& config, const Signals& signals) {
       auto device,
       gpu::CreateDevice({.backend = config.backend,
                          .device = config.devices.empty() ? "" : config.devices.front(),
-                         .threads = config.threads}));
+                         .threads = config.threads,
+                         .gpu_sharing = config.gpu_sharing}));
   LogInfo("device", {{"backend", device->backend()}, {"description", device->description()}});
   CKV_ASSIGN_OR_RETURN(auto pool, HostPool::Create({.directory = config.host_memory_dir,
                                                     .total_bytes = config.host_memory_bytes,

@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "gpu/device.h"
 #include "service/logging.h"
 
 namespace clusterkv::service {
@@ -32,8 +33,9 @@ struct Config {
   int host_numa_node = 0;  // with kNode
   std::string backend = "auto";
   std::vector<std::string> devices;  // of cuda: indexes or UUIDs, at most one; empty: the first
-  uint64_t gpu_memory_bytes = 0;     // 0: no bound
-  int threads = 0;                   // 0: all cores
+  gpu::GpuSharing gpu_sharing = gpu::GpuSharing::kVmm;
+  uint64_t gpu_memory_bytes = 0;                 // 0: no bound
+  int threads = 0;                               // 0: all cores
   std::optional<std::set<uint32_t>> allow_uids;  // nullopt: any
   std::optional<std::set<uint32_t>> allow_gids;
   bool device_plugin = false;

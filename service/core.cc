@@ -317,15 +317,18 @@ void ServiceCore::FinishEnd(Session& session) {
   if (!session.over || !session.sequences.empty() || session.in_flight > 0) return;
   if (!std::exchange(session.idle, true)) session.ending.End("in_flight_ms");
   for (auto& [id, arena] : session.arenas) {
-    FreeDeviceMemory(std::move(arena.memory), session, arena.bytes);
+    FreeSharedMemory(std::move(arena.memory), session, arena.bytes);
   }
   session.arenas.clear();
   session.memory->QuarantineAll();
-  if (session.worker_gone || !session.was_attached) session.memory->ReleaseAll();
+  if (session.worker_gone || !session.was_attached) {
+    session.memory->ReleaseAll();
+    FreeKept(session);
+  }
   RecycleReturned(session);
   session.chunk_addresses.reset();
   if (session.chunk_table != nullptr) DiscardMemory(std::move(session.chunk_table));
-  if (session.memory->holds_nothing()) {
+  if (session.memory->holds_nothing() && session.kept.empty()) {
     session.ending.End("give_back_ms");
     slow_log_.Report(SlowLog::kSessionEnd, session.ending, {{"session", session.id}});
     LogInfo("session freed", {{"session", session.id}});

@@ -148,6 +148,15 @@ class ServiceCore {
   void DiscardMemory(std::unique_ptr<gpu::DeviceMemory> memory);
   void FreeDeviceMemory(std::unique_ptr<gpu::DeviceMemory> memory, Session& session,
                         uint64_t bytes);
+  // For memory that the worker will map, at least `taken.bytes`: what the session has kept, else
+  // within the budget.
+  absl::Status TakeSharedBytes(Session& session, KeptMemory& taken);
+  // On the memory thread. `memory`: what was kept, or null; then zeroed.
+  absl::Status MakeShared(std::unique_ptr<gpu::DeviceMemory>& memory, uint64_t bytes);
+  void FreeSharedMemory(std::unique_ptr<gpu::DeviceMemory> memory, Session& session,
+                        uint64_t bytes);
+  // REQUIRES: the worker maps nothing.
+  void FreeKept(Session& session);
   void DoAllocateArena(Session& session, uint64_t bytes, Completion<ArenaInfo> done);
   void RecycleReturned(Session& session);
   void Recycle(PoolChunk chunk, std::shared_ptr<HostAccount> account);
@@ -158,6 +167,9 @@ class ServiceCore {
   // core_sequences.cc
   void DoRegister(Session& session, const RegisterRequest& request, Completion<RegisterReply> done);
   void MakeState(Sequence& sequence);
+  // On the memory thread. `memory`: what was kept for it, or null.
+  absl::Status MakeStateMemory(const Sequence& sequence,
+                               std::unique_ptr<gpu::DeviceMemory>& memory);
   void FinishRegister(Sequence& sequence, absl::Status status);
   void Release(Sequence& sequence);
   void MaybeFinishRelease(Sequence& sequence);

@@ -62,6 +62,40 @@ void ServiceCore::FreeDeviceMemory(std::unique_ptr<gpu::DeviceMemory> memory, Se
   DiscardMemory(std::move(memory));
 }
 
+absl::Status ServiceCore::TakeSharedBytes(Session& session, KeptMemory& taken) {
+  // The smallest that is large enough.
+  auto best = session.kept.end();
+  for (auto kept = session.kept.begin(); kept != session.kept.end(); ++kept) {
+    if (kept->bytes >= taken.bytes && (best == session.kept.end() || kept->bytes < best->bytes)) {
+      best = kept;
+    }
+  }
+  if (best == session.kept.end()) return TakeGpuBytes(session, taken.bytes);
+  taken = std::move(*best);
+  session.kept.erase(best);
+  return absl::OkStatus();
+}
+
+absl::Status ServiceCore::MakeShared(std::unique_ptr<gpu::DeviceMemory>& memory, uint64_t bytes) {
+  if (memory != nullptr) return memory->Clear();
+  CKV_ASSIGN_OR_RETURN(memory, device_->AllocateShared(bytes));
+  return absl::OkStatus();
+}
+
+void ServiceCore::FreeSharedMemory(std::unique_ptr<gpu::DeviceMemory> memory, Session& session,
+                                   uint64_t bytes) {
+  if (memory == nullptr || device_->counts_importers()) {
+    return FreeDeviceMemory(std::move(memory), session, bytes);
+  }
+  session.kept.push_back({.memory = std::move(memory), .bytes = bytes});
+}
+
+void ServiceCore::FreeKept(Session& session) {
+  for (KeptMemory& kept : std::exchange(session.kept, {})) {
+    FreeDeviceMemory(std::move(kept.memory), session, kept.bytes);
+  }
+}
+
 // Unmapping takes a while, and on a GPU belongs to the device's thread.
 void ServiceCore::DiscardMemory(std::unique_ptr<gpu::DeviceMemory> memory) {
   memory_.Post([memory = std::shared_ptr<gpu::DeviceMemory>(std::move(memory))] {});
@@ -89,32 +123,29 @@ void ServiceCore::DoAllocateArena(Session& session, uint64_t bytes, Completion<A
         fmt::format("session {} has {} arenas, the most there may be", session.id, arenas)));
   }
   const uint64_t rounded = (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
-  if (absl::Status full = TakeGpuBytes(session, rounded); !full.ok()) return done(full);
+  KeptMemory taken{.memory = nullptr, .bytes = rounded};
+  if (absl::Status full = TakeSharedBytes(session, taken); !full.ok()) return done(full);
   const ArenaId arena = session.next_arena++;
   ++session.in_flight;
-  memory_.Post([this, id = session.id, arena, rounded, done = std::move(done)] {
-    auto made = device_->AllocateShared(rounded);
-    auto fd = made.ok() ? (*made)->Export() : absl::StatusOr<gpu::UniqueFd>(made.status());
-    auto memory = std::make_shared<decltype(made)>(std::move(made));
+  auto memory = std::make_shared<std::unique_ptr<gpu::DeviceMemory>>(std::move(taken.memory));
+  memory_.Post([this, id = session.id, arena, memory, size = taken.bytes, done = std::move(done)] {
+    const absl::Status made = MakeShared(*memory, size);
+    auto fd = made.ok() ? (*memory)->Export() : absl::StatusOr<gpu::UniqueFd>(made);
     auto exported = std::make_shared<decltype(fd)>(std::move(fd));
-    core_.Post([this, id, arena, rounded, memory, exported, done] {
+    core_.Post([this, id, arena, size, memory, exported, done] {
       Session& owner = *sessions_.at(id);  // stays while an arena is in flight
       --owner.in_flight;
-      if (!memory->ok() || !exported->ok() || owner.over) {
-        if (memory->ok()) {
-          FreeDeviceMemory(std::move(**memory), owner, rounded);
-        } else {
-          GiveGpuBytes(owner, rounded);
-        }
+      if (!exported->ok() || owner.over) {
+        FreeSharedMemory(std::move(*memory), owner, size);
         PublishStatus();  // a tick may have told of what was asked for
         FinishEnd(owner);
         if (!exported->ok()) return done(exported->status());
         return done(absl::UnauthenticatedError("the session is over"));
       }
-      owner.attach->GrantArena(arena, rounded, (*exported)->get());
-      owner.arenas[arena] = {.memory = std::move(**memory), .bytes = rounded};
+      owner.attach->GrantArena(arena, size, (*exported)->get());
+      owner.arenas[arena] = {.memory = std::move(*memory), .bytes = size};
       PublishStatus();
-      done(ArenaInfo{.arena = arena, .bytes = rounded});
+      done(ArenaInfo{.arena = arena, .bytes = size});
     });
   });
 }

@@ -108,21 +108,23 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
         fmt::format("session {} has {} sequences, the most there may be", session.id,
                     session.sequences.size())));
   }
-  if (absl::Status full = TakeGpuBytes(session, layout->total_bytes); !full.ok()) {
-    return done(full);
-  }
+  KeptMemory taken{.memory = nullptr, .bytes = layout->total_bytes};
+  absl::Status room = request.mode == FetchMode::kServed ? TakeGpuBytes(session, taken.bytes)
+                                                         : TakeSharedBytes(session, taken);
+  if (!room.ok()) return done(room);
   const double chunks = PieceTable::ChunksNeeded(
       request.shape, method,
       request.reserve_tokens > 0 ? request.reserve_tokens : request.max_tokens, request.max_tokens,
       pool_->chunk_bytes());
   if (absl::Status full = session.memory->AddReservation(chunks); !full.ok()) {
-    GiveGpuBytes(session, layout->total_bytes);
+    FreeSharedMemory(std::move(taken.memory), session, taken.bytes);
     CountRefused(Limit::kHostMemory);
     return done(full);
   }
   auto sequence = std::make_unique<Sequence>(session, next_sequence_++, request, method, *layout);
   sequence->reserved_chunks = chunks;
-  sequence->gpu_bytes = layout->total_bytes;
+  sequence->kept = std::move(taken.memory);
+  sequence->gpu_bytes = taken.bytes;
   sequence->generation = next_generation_++;
   sequence->registering.push_back(std::move(done));
   Sequence& made = *sequence;
@@ -132,30 +134,35 @@ void ServiceCore::DoRegister(Session& session, const RegisterRequest& request,
   MakeState(made);
 }
 
+absl::Status ServiceCore::MakeStateMemory(const Sequence& sequence,
+                                          std::unique_ptr<gpu::DeviceMemory>& memory) {
+  if (!sequence.served()) return MakeShared(memory, sequence.layout.total_bytes);
+  CKV_ASSIGN_OR_RETURN(memory, device_->Allocate(sequence.layout.total_bytes));
+  return absl::OkStatus();
+}
+
 // On the memory thread: allocating and initialising takes milliseconds, and may wedge on a GPU.
 void ServiceCore::MakeState(Sequence& sequence) {
   ++sequence.in_flight;
   const bool wants_table = sequence.served() && sequence.session.chunk_table == nullptr;
-  memory_.Post([this, &sequence, wants_table] {  // stays while work is in flight
+  auto memory = std::make_shared<std::unique_ptr<gpu::DeviceMemory>>(std::move(sequence.kept));
+  memory_.Post([this, &sequence, wants_table, memory] {  // stays while work is in flight
     auto table = wants_table ? device_->AllocatePinned(kMaxSessionChunks * sizeof(std::byte*))
                              : absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>>(nullptr);
-    auto made = sequence.served() ? device_->Allocate(sequence.layout.total_bytes)
-                                  : device_->AllocateShared(sequence.layout.total_bytes);
-    absl::Status status = made.ok() ? table.status() : made.status();
+    absl::Status status = MakeStateMemory(sequence, *memory);
+    if (status.ok()) status = table.status();
     gpu::UniqueFd fd;
     if (status.ok()) {
-      status = device_->cluster_ops().Initialize(*memory_stream_, (*made)->data(), sequence.layout,
-                                                 sequence.generation);
+      status = device_->cluster_ops().Initialize(*memory_stream_, (*memory)->data(),
+                                                 sequence.layout, sequence.generation);
       const absl::Status finished = memory_stream_->Synchronize();
       if (status.ok()) status = finished;
     }
     if (status.ok() && !sequence.served()) {
-      auto exported = (*made)->Export();
+      auto exported = (*memory)->Export();
       status = exported.status();
       if (status.ok()) fd = *std::move(exported);
     }
-    auto memory = std::make_shared<std::unique_ptr<gpu::DeviceMemory>>(made.ok() ? *std::move(made)
-                                                                                 : nullptr);
     auto chunk_table = std::make_shared<std::unique_ptr<gpu::DeviceMemory>>(
         table.ok() ? *std::move(table) : nullptr);
     auto descriptor = std::make_shared<gpu::UniqueFd>(std::move(fd));
@@ -230,7 +237,11 @@ void ServiceCore::MaybeFinishRelease(Sequence& sequence) {
   session.memory->RemoveReservation(sequence.reserved_chunks);
   if (sequence.state_arena != 0 && session.attach)
     session.attach->RevokeArena(sequence.state_arena);
-  FreeDeviceMemory(std::move(sequence.state), session, sequence.gpu_bytes);
+  if (sequence.served()) {
+    FreeDeviceMemory(std::move(sequence.state), session, sequence.gpu_bytes);
+  } else {
+    FreeSharedMemory(std::move(sequence.state), session, sequence.gpu_bytes);
+  }
   const auto callers = std::exchange(sequence.released, {});
   LogInfo("sequence released", {{"session", session.id}, {"sequence", sequence.id}});
   CountReleased(sequence);

@@ -75,6 +75,7 @@ struct Sequence {
   uint64_t gpu_bytes = 0;  // taken from the device's budget
 
   std::unique_ptr<gpu::DeviceMemory> state;  // null until the device has made it
+  std::unique_ptr<gpu::DeviceMemory> kept;   // what it will be made of, unless null
   ArenaId state_arena = 0;
   std::vector<Completion<RegisterReply>> registering;  // callers that wait for it
 
@@ -117,6 +118,11 @@ struct Arena {
   bool ring = false;  // a range was handed over in it
 };
 
+struct KeptMemory {
+  std::unique_ptr<gpu::DeviceMemory> memory;  // null: none
+  uint64_t bytes = 0;                         // taken from the device's budget
+};
+
 struct Session : ChunkEvents {
   // Another registration may have brought one already: then it is the one that stays.
   void TakeChunkTable(std::unique_ptr<gpu::DeviceMemory> table);
@@ -147,6 +153,10 @@ struct Session : ChunkEvents {
   std::unique_ptr<gpu::DeviceMemory> chunk_table;
 
   std::map<ArenaId, Arena> arenas;
+  // Shared memory that is not used any more, but that the worker may have mapped, where nobody
+  // counts that (Device::counts_importers). The session's next allocations take it; the device gets
+  // it back when the worker maps nothing.
+  std::vector<KeptMemory> kept;
   ArenaId next_arena = 1;
   uint32_t in_flight = 0;  // pieces of work that need the session, beside its sequences'
   uint64_t gpu_bytes = 0;

@@ -6,6 +6,7 @@ target_sources(clusterkv_gpu PRIVATE
   cuda/cuda_device.cc
   cuda/cuda_driver.cc
   cuda/cuda_error.cc
+  cuda/cuda_ipc_memory.cc
   cuda/cuda_memory.cc
   cuda/cuda_stream.cc)
 

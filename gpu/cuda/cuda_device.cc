@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "gpu/cuda/cuda_error.h"
+#include "gpu/cuda/cuda_ipc_memory.h"
 #include "gpu/cuda/cuda_memory.h"
 #include "gpu/cuda/cuda_stream.h"
 #include "gpu/numa_nodes.h"
@@ -72,7 +73,8 @@ void CudaDevice::PoolDeleter::operator()(cudaMemPool_t pool) const {
   (void)cudaMemPoolDestroy(pool);
 }
 
-absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& device) {
+absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& device,
+                                                           std::optional<GpuSharing> sharing) {
   int count = 0;
   CKV_RETURN_IF_CUDA_ERROR(cudaGetDeviceCount(&count), "looking for devices");
   if (count == 0) return absl::UnavailableError("CUDA: there is no device");
@@ -88,7 +90,8 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& de
   CKV_RETURN_IF_CUDA_ERROR(
       cudaDeviceGetPCIBusId(address.data(), static_cast<int>(address.size()), ordinal),
       "reading its address");
-  CKV_ASSIGN_OR_RETURN(const CudaDriver driver, CudaDriver::Load());
+  absl::StatusOr<CudaDriver> driver = CudaDriver::Load();
+  if (sharing == GpuSharing::kVmm) CKV_RETURN_IF_ERROR(driver.status());
   const ScopedDevice current(ordinal);
   CKV_RETURN_IF_CUDA_ERROR(cudaFree(nullptr), "making a context");
   CKV_ASSIGN_OR_RETURN(const cudaMemPool_t pool, CreatePool(ordinal));
@@ -96,7 +99,8 @@ absl::StatusOr<std::unique_ptr<Device>> CudaDevice::Create(const std::string& de
       ordinal, pool,
       absl::StrCat(properties.name, ", ", UuidOf(properties), ", ", properties.totalGlobalMem >> 20,
                    " MiB, ", properties.multiProcessorCount, " multiprocessors"),
-      UuidOf(properties), NodeOfPciDevice(address.data()), driver));
+      UuidOf(properties), NodeOfPciDevice(address.data()), sharing.value_or(GpuSharing::kVmm),
+      std::move(driver)));
 }
 
 absl::StatusOr<std::unique_ptr<Stream>> CudaDevice::CreateStream(const std::string& name) {
@@ -116,7 +120,9 @@ absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::Allocate(size_t bytes)
 }
 
 absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::AllocateShared(size_t bytes) {
-  return AllocateVirtual(driver_, ordinal_, bytes);
+  if (sharing_ == GpuSharing::kLegacy) return AllocateIpc(ordinal_, bytes);
+  CKV_RETURN_IF_ERROR(driver_.status());
+  return AllocateVirtual(*driver_, ordinal_, bytes);
 }
 
 absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::AllocatePinned(size_t bytes) {
@@ -124,7 +130,9 @@ absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::AllocatePinned(size_t 
 }
 
 absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaDevice::Import(UniqueFd fd, size_t bytes) {
-  return ImportVirtual(driver_, ordinal_, std::move(fd), bytes);
+  if (HoldsIpcHandle(fd)) return ImportIpc(ordinal_, fd, bytes);
+  CKV_RETURN_IF_ERROR(driver_.status());
+  return ImportVirtual(*driver_, ordinal_, std::move(fd), bytes);
 }
 
 absl::StatusOr<std::unique_ptr<HostRegistration>> CudaDevice::RegisterHost(std::byte* data,

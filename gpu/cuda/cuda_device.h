@@ -22,7 +22,8 @@ class CudaDevice final : public Device {
  public:
   // device: an index, or a UUID as nvidia-smi prints it; empty: the first.
   // Errors: UNAVAILABLE (no driver, no device, too old), INVALID_ARGUMENT (no such device).
-  static absl::StatusOr<std::unique_ptr<Device>> Create(const std::string& device);
+  static absl::StatusOr<std::unique_ptr<Device>> Create(const std::string& device,
+                                                        std::optional<GpuSharing> sharing);
 
   const std::string& backend() const override { return backend_; }
   const std::string& description() const override { return description_; }
@@ -36,18 +37,20 @@ class CudaDevice final : public Device {
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Import(UniqueFd fd, size_t bytes) override;
   absl::StatusOr<std::unique_ptr<HostRegistration>> RegisterHost(std::byte* data, size_t bytes,
                                                                  MapAccess access) override;
+  bool counts_importers() const override { return sharing_ == GpuSharing::kVmm; }
   bool computes_on_host_memory() const override { return false; }
   DecodeOps& decode_ops() override { return decode_ops_; }
   ClusterOps& cluster_ops() override { return cluster_ops_; }
 
  private:
   CudaDevice(int ordinal, cudaMemPool_t pool, std::string description, std::string uuid,
-             std::optional<int> numa_node, const CudaDriver& driver)
+             std::optional<int> numa_node, GpuSharing sharing, absl::StatusOr<CudaDriver> driver)
       : ordinal_(ordinal),
         description_(std::move(description)),
         uuid_(std::move(uuid)),
         numa_node_(numa_node),
-        driver_(driver),
+        sharing_(sharing),
+        driver_(std::move(driver)),
         pool_(pool) {}
 
   const std::string backend_ = "cuda";
@@ -55,7 +58,8 @@ class CudaDevice final : public Device {
   const std::string description_;
   const std::string uuid_;
   const std::optional<int> numa_node_;
-  const CudaDriver driver_;
+  const GpuSharing sharing_;
+  const absl::StatusOr<CudaDriver> driver_;  // of virtual memory
   struct PoolDeleter {
     void operator()(cudaMemPool_t pool) const;
   };

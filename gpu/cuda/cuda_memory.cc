@@ -20,12 +20,6 @@ absl::Status CheckSize(size_t bytes) {
   return absl::OkStatus();
 }
 
-absl::Status ZeroAll(void* data, size_t bytes) {
-  CKV_RETURN_IF_CUDA_ERROR(cudaMemset(data, 0, bytes), Allocation(bytes));
-  CKV_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(nullptr), Allocation(bytes));
-  return absl::OkStatus();
-}
-
 absl::Status NotShared(size_t bytes) {
   return absl::InvalidArgumentError(
       absl::StrCat("export of ", bytes, " bytes that were not allocated as shared"));
@@ -44,6 +38,8 @@ class RuntimeMemory final : public DeviceMemory {
   }
   std::byte* data() const override { return data_; }
   size_t bytes() const override { return bytes_; }
+  // cudaMemset also takes pinned host memory.
+  absl::Status Clear() override { return ZeroDevice(ordinal_, data_, bytes_); }
   absl::StatusOr<UniqueFd> Export() const override { return NotShared(bytes_); }
 
  private:
@@ -75,7 +71,7 @@ class VirtualMemory final : public DeviceMemory {
     exportable_ = true;
     CKV_RETURN_IF_ERROR(Map());
     // The driver scrubs memory of other processes, but does not promise zeros.
-    return ZeroAll(data(), reserved_);
+    return ZeroDevice(ordinal_, data(), reserved_);
   }
 
   absl::Status Import(const UniqueFd& fd) {
@@ -95,6 +91,8 @@ class VirtualMemory final : public DeviceMemory {
 
   std::byte* data() const override { return reinterpret_cast<std::byte*>(address_); }
   size_t bytes() const override { return bytes_; }
+
+  absl::Status Clear() override { return ZeroDevice(ordinal_, data(), bytes_); }
 
   absl::StatusOr<UniqueFd> Export() const override {
     if (!exportable_) return NotShared(bytes_);
@@ -176,13 +174,21 @@ ScopedDevice::~ScopedDevice() {
   if (previous_ >= 0) (void)cudaSetDevice(previous_);
 }
 
+absl::Status ZeroDevice(int ordinal, void* data, size_t bytes) {
+  const ScopedDevice device(ordinal);
+  const std::string what = absl::StrCat("zeroing of ", bytes, " bytes");
+  CKV_RETURN_IF_CUDA_ERROR(cudaMemset(data, 0, bytes), what);
+  CKV_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(nullptr), what);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocatePrivate(int ordinal, size_t bytes) {
   CKV_RETURN_IF_ERROR(CheckSize(bytes));
   const ScopedDevice device(ordinal);
   void* data = nullptr;
   CKV_RETURN_IF_CUDA_ERROR(cudaMalloc(&data, bytes), Allocation(bytes));
   auto memory = std::make_unique<RuntimeMemory>(ordinal, cudaFree, data, bytes);
-  CKV_RETURN_IF_ERROR(ZeroAll(data, bytes));
+  CKV_RETURN_IF_ERROR(ZeroDevice(ordinal, data, bytes));
   return memory;
 }
 

@@ -25,6 +25,9 @@ class ScopedDevice {
   int previous_ = -1;  // -1: nothing to restore
 };
 
+// Waits until it is done.
+absl::Status ZeroDevice(int ordinal, void* data, size_t bytes);
+
 // cudaMalloc. Zeroed.
 absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocatePrivate(int ordinal, size_t bytes);
 // cudaHostAlloc: kernels use it at the host's address. Zeroed.

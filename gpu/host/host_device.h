@@ -29,6 +29,7 @@ class HostDevice final : public Device {
   absl::StatusOr<std::unique_ptr<DeviceMemory>> AllocatePinned(size_t bytes) override;
   absl::StatusOr<std::unique_ptr<HostRegistration>> RegisterHost(std::byte* data, size_t bytes,
                                                                  MapAccess access) override;
+  bool counts_importers() const override { return true; }
   bool computes_on_host_memory() const override { return true; }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Import(UniqueFd fd, size_t bytes) override;
   DecodeOps& decode_ops() override { return decode_ops_; }

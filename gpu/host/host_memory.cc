@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <limits>
 #include <optional>
@@ -84,6 +85,11 @@ absl::StatusOr<std::unique_ptr<DeviceMemory>> HostMemory::Import(UniqueFd fd, si
   if (!fd.valid()) return absl::InvalidArgumentError("import of an invalid descriptor");
   CKV_ASSIGN_OR_RETURN(Mapping mapping, Mapping::Create(fd.get(), bytes, MapAccess::kReadWrite));
   return std::make_unique<HostMemory>(std::move(mapping), UniqueFd());
+}
+
+absl::Status HostMemory::Clear() {
+  std::memset(data(), 0, bytes());
+  return absl::OkStatus();
 }
 
 absl::StatusOr<UniqueFd> HostMemory::Export() const {

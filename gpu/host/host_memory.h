@@ -11,7 +11,7 @@
 
 namespace clusterkv::gpu::host {
 
-// Immutable after construction, so thread-safe; what the bytes hold is the users' affair.
+// Thread-safe, but for Clear; what the bytes hold is the users' affair.
 class HostMemory final : public DeviceMemory {
  public:
   // Zeroed and private to this process; pages come with their first use.
@@ -26,6 +26,7 @@ class HostMemory final : public DeviceMemory {
 
   std::byte* data() const override { return mapping_.data(); }
   size_t bytes() const override { return mapping_.bytes(); }
+  absl::Status Clear() override;
   absl::StatusOr<UniqueFd> Export() const override;
 
  private:

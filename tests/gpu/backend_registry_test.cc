@@ -26,6 +26,20 @@ TEST(BackendRegistry, CudaNeverBecomesHost) {
   }
 }
 
+TEST(BackendRegistry, HostHasNoLegacyHandles) {
+  const auto refused = CreateDevice({.backend = "host", .gpu_sharing = GpuSharing::kLegacy});
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(refused.status().message().find("gpu-sharing is legacy"), absl::string_view::npos);
+  EXPECT_TRUE(CreateDevice({.backend = "host", .gpu_sharing = GpuSharing::kVmm}).ok());
+  // Nor does auto take a backend that would ignore it.
+  const auto automatic = CreateDevice({.backend = "auto", .gpu_sharing = GpuSharing::kLegacy});
+  if (!automatic.ok()) {
+    EXPECT_EQ(automatic.status().code(), absl::StatusCode::kInvalidArgument);
+  } else {
+    EXPECT_EQ((*automatic)->backend(), "cuda");
+  }
+}
+
 TEST(BackendRegistry, UnknownBackendAndThreadsAreRefused) {
   EXPECT_EQ(CreateDevice({.backend = "opencl", .threads = 0}).status().code(),
             absl::StatusCode::kInvalidArgument);

@@ -9,6 +9,7 @@ clusterkv_add_test(core_test
   ${CMAKE_CURRENT_LIST_DIR}/core_audit_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_fixture.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_grant_test.cc
+  ${CMAKE_CURRENT_LIST_DIR}/core_kept_memory_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_sequence_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_life_test.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_serve_test.cc

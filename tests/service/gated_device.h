@@ -77,6 +77,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
   explicit GatedDevice(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}
 
   Gate stage, cluster, shared, audit;
+  std::atomic<bool> counts = true;  // who maps shared memory
   std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
   std::atomic<bool> fail_audit = false;
   std::atomic<size_t> largest_allocation = SIZE_MAX;   // not of shared memory
@@ -96,6 +97,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
       std::byte* data, size_t bytes, gpu::MapAccess access) override {
     return device_->RegisterHost(data, bytes, access);
   }
+  bool counts_importers() const override { return counts; }
   bool computes_on_host_memory() const override { return device_->computes_on_host_memory(); }
   absl::StatusOr<std::unique_ptr<gpu::Stream>> CreateStream(const std::string& name) override {
     auto stream = device_->CreateStream(name);

@@ -1,7 +1,9 @@
 // What is CUDA's own: memory that goes to another process, streams of the caller's, pointers that
 // the device does not reach. Skipped where there is no device.
 #include <cuda_runtime_api.h>
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <numeric>
@@ -55,6 +57,32 @@ TEST_F(CudaDevice, SharesMemoryByADescriptor) {
   shared->reset();
   EXPECT_EQ(Read(**imported, 1024), words) << "an importer's mapping outlives the exporter's";
   EXPECT_FALSE((*imported)->Export().ok());
+}
+
+TEST_F(CudaDevice, SharesMemoryByALegacyHandleInASealedFile) {
+  auto legacy = CreateDevice({.backend = "cuda", .gpu_sharing = GpuSharing::kLegacy});
+  ASSERT_TRUE(legacy.ok()) << legacy.status();
+  EXPECT_TRUE(device_->counts_importers());
+  EXPECT_FALSE((*legacy)->counts_importers());
+  auto shared = (*legacy)->AllocateShared(4096);
+  ASSERT_TRUE(shared.ok()) << shared.status();
+  EXPECT_EQ(Read(**shared, 1024), std::vector<uint32_t>(1024, 0));
+  const std::vector<uint32_t> words(1024, 7);
+  ASSERT_TRUE(stream_->CopyAsync((*shared)->data(), words.data(), 4096).ok());
+  ASSERT_TRUE(stream_->Synchronize().ok());
+  ASSERT_TRUE((*shared)->Clear().ok());
+  EXPECT_EQ(Read(**shared, 1024), std::vector<uint32_t>(1024, 0));
+  auto fd = (*shared)->Export();
+  ASSERT_TRUE(fd.ok()) << fd.status();
+  EXPECT_NE(fcntl(fd->get(), F_GETFD) & FD_CLOEXEC, 0);
+  EXPECT_NE(fcntl(fd->get(), F_GET_SEALS) & F_SEAL_WRITE, 0);
+  // A handle opens in another process only; which device imports does not matter.
+  UniqueFd copy(dup(fd->get()));
+  EXPECT_EQ(device_->Import(*std::move(fd), 4096).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(device_->Import(std::move(copy), 8192).status().code(),
+            absl::StatusCode::kInvalidArgument)
+      << "longer than it is";
 }
 
 TEST_F(CudaDevice, RefusesToMapMoreThanWasExported) {

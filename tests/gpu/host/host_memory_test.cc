@@ -78,6 +78,15 @@ TEST(HostMemory, ImportOutlivesTheExporter) {
   EXPECT_EQ((*import)->data()[5], std::byte{9});
 }
 
+TEST(HostMemory, IsZeroedAgain) {
+  const auto memory = HostMemory::AllocateShared(kBytes);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  std::memset((*memory)->data(), 0x11, kBytes);
+  ASSERT_TRUE((*memory)->Clear().ok());
+  EXPECT_EQ((*memory)->data()[0], std::byte{0});
+  EXPECT_EQ((*memory)->data()[kBytes - 1], std::byte{0});
+}
+
 TEST(HostMemory, NoHolderCanChangeTheSize) {
   const auto memory = HostMemory::AllocateShared(kBytes);
   ASSERT_TRUE(memory.ok()) << memory.status();

@@ -66,6 +66,7 @@ TEST(Config, DefaultsNeedNoFlags) {
   EXPECT_EQ(config->backend, "auto");
   EXPECT_EQ(config->gpu_memory_bytes, 0u);
   EXPECT_THAT(config->devices, IsEmpty());
+  EXPECT_EQ(config->gpu_sharing, gpu::GpuSharing::kVmm);
   EXPECT_EQ(config->threads, 0);
   EXPECT_THAT(config->allow_uids, Optional(ElementsAre(geteuid())));
   EXPECT_FALSE(config->has_many_parties());
@@ -103,6 +104,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
                             "30gb",
                             "--devices",
                             " GPU-12ab ",
+                            "--gpu-sharing=legacy",
                             "--threads",
                             "3",
                             "--allow-uids",
@@ -141,6 +143,7 @@ TEST(Config, ReadsEveryKeyFromFlags) {
   EXPECT_EQ(config->backend, "host");
   EXPECT_EQ(config->gpu_memory_bytes, 30ull << 30);
   EXPECT_THAT(config->devices, ElementsAre("GPU-12ab"));
+  EXPECT_EQ(config->gpu_sharing, gpu::GpuSharing::kLegacy);
   EXPECT_EQ(config->threads, 3);
   EXPECT_EQ(config->allow_uids, std::nullopt);
   EXPECT_TRUE(config->has_many_parties());
@@ -299,6 +302,7 @@ TEST(Config, BadFlagsAreErrorsThatNameTheKeyAndWhatIsAllowed) {
       {{"--devices", "0,"}, "--devices", "empty entry"},
       {{"--devices", " "}, "--devices", "empty entry"},
       {{"--device", "0"}, "--device", "did you mean 'devices'?"},
+      {{"--gpu-sharing", "ipc"}, "--gpu-sharing", "vmm|legacy"},
       {{"--threads", "-1"}, "--threads", "from 0 to 1024"},
       {{"--threads", "two"}, "--threads", "from 0 to 1024"},
       {{"--max-sessions", "0"}, "--max-sessions", "from 1 to 65536"},
