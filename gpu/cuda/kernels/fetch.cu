@@ -22,8 +22,10 @@ namespace {
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kWarps = kThreads / 32;
 constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit shared memory
-// Of the gather: lanes that copy, each with two buffers of a piece.
+// Of the gather: threads that copy, each with two buffers of a piece. They lie apart in all warps:
+// each waits for rows of its own and issues a copy for each, and lanes of a warp would take turns.
 constexpr uint32_t kCopyLanes = 16;
+constexpr uint32_t kCopyStride = kThreads / kCopyLanes;
 constexpr uint32_t kPieceBytes = 4096;
 constexpr uint32_t kCopyBytes = kCopyLanes * 2 * kPieceBytes;
 [[maybe_unused]] constexpr uint32_t kMostPieceRows = kPieceBytes / 256;  // of head_dim 64
@@ -73,19 +75,18 @@ __device__ void AssignSlots(const DeviceState& state, size_t head, uint32_t miss
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// K and V of the missed rows into their slots, by the first warp. A piece is up to kPieceBytes of
-// one cluster's rows, which are contiguous in the host store and scatter over the cache.
+// K and V of the missed rows into their slots. A piece is up to kPieceBytes of one cluster's rows,
+// which are contiguous in the host store and scatter over the cache. All threads.
 __device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
                        uint32_t top, std::byte* buffers, FetchShared& shared) {
-  if (threadIdx.x >= 32) return;
   const auto row_bytes = static_cast<uint32_t>(state.row_bytes());
   const uint32_t piece_rows = kPieceBytes / row_bytes;
-  const uint32_t lane = threadIdx.x;
-  // Pieces of each miss, summed in order: miss m's begin at piece_begin[m]. The first warp counts
-  // them into the keys, which only evicting uses, before.
+  // Pieces of each miss, summed in order: miss m's begin at piece_begin[m]. Every warp sums them,
+  // the first one also writes them over the keys, which only evicting uses, before.
   uint32_t* const piece_begin = shared.keys;
   uint32_t pieces = 0;
   for (uint32_t begin = 0; begin < misses; begin += 32) {
+    const uint32_t lane = threadIdx.x % 32;
     const uint32_t miss = begin + lane;
     const uint32_t end = miss + 1 < misses ? shared.miss_begin[miss + 1] : rows;
     const uint32_t own =
@@ -95,11 +96,12 @@ __device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, u
       const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
-    if (miss < misses) piece_begin[miss] = pieces + sum - own;
+    if (miss < misses && threadIdx.x < 32) piece_begin[miss] = pieces + sum - own;
     pieces += __shfl_sync(0xffffffffu, sum, 31);
   }
-  __syncwarp();
-  if (lane >= kCopyLanes) return;
+  __syncthreads();
+  if (threadIdx.x % kCopyStride != 0) return;
+  const uint32_t lane = threadIdx.x / kCopyStride;
   std::byte* const own_buffers = buffers + lane * 2 * kPieceBytes;
   uint64_t* const barriers = shared.barriers[lane];
   uint32_t phases = shared.phases[lane];
