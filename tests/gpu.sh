@@ -43,7 +43,8 @@ gtest() {  # NAME PROGRAM OPTION...
 
 part_conformance() {
   gtest conformance-device cuda_device_test && gtest conformance cuda_conformance_test &&
-    gtest conformance-graph cuda_graph_test && "$tests/kmeans_kernel_benchmark" --check
+    gtest conformance-graph cuda_graph_test && "$tests/c_graph_test" &&
+    "$tests/kmeans_kernel_benchmark" --check
 }
 
 # The small cases: sanitizers slow kernels down by tens of times.

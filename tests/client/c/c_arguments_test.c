@@ -380,7 +380,7 @@ int main(void) {
   CHECK(strcmp(clusterkv_last_error(), "") == 0);
   null_handles_are_refused();
   last_error_is_of_the_thread();
-  private_daemon_start(&daemon, CLUSTERKVD_PATH);
+  private_daemon_start(&daemon, CLUSTERKVD_PATH, "host");
   bad_client_options_are_refused(daemon.address);
   clusterkv_client* const client = connect_to(daemon.address);
   CHECK_INVALID("clusterkv_client_info", clusterkv_client_get_info(client, NULL));

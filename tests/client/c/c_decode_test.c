@@ -227,14 +227,14 @@ static void dead_daemon_is_unavailable(struct private_daemon* daemon) {
 
 int main(void) {
   static struct private_daemon daemon;
-  private_daemon_start(&daemon, CLUSTERKVD_PATH);
+  private_daemon_start(&daemon, CLUSTERKVD_PATH, "host");
   tells_what_it_runs_on(daemon.address);
   decodes_as_dense_attention_does(daemon.address, CLUSTERKV_MODE_DIRECT, CLUSTERKV_DTYPE_FP32);
   decodes_as_dense_attention_does(daemon.address, CLUSTERKV_MODE_SERVED, CLUSTERKV_DTYPE_FP32);
   decodes_as_dense_attention_does(daemon.address, CLUSTERKV_MODE_DIRECT, CLUSTERKV_DTYPE_BF16);
   decodes_as_dense_attention_does(daemon.address, CLUSTERKV_MODE_SERVED, CLUSTERKV_DTYPE_BF16);
   dead_daemon_is_unavailable(&daemon);
-  private_daemon_start(&daemon, CLUSTERKVD_PATH);
+  private_daemon_start(&daemon, CLUSTERKVD_PATH, "host");
   CHECK(private_daemon_stop(&daemon, SIGTERM) == 0);
   return 0;
 }

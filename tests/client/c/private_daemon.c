@@ -28,7 +28,8 @@ static int remove_entry(const char* path, const struct stat* status, int type, s
 }
 
 // Does not return.
-static void run(const struct private_daemon* daemon, const char* program, int stdout_fd) {
+static void run(const struct private_daemon* daemon, const char* program, const char* backend,
+                int stdout_fd) {
   char log[96], memory[96];
   snprintf(log, sizeof(log), "%s/log", daemon->directory);
   snprintf(memory, sizeof(memory), "%s/memory", daemon->directory);
@@ -39,7 +40,7 @@ static void run(const struct private_daemon* daemon, const char* program, int st
   }
   execl(program, program, "--listen", daemon->address, "--admin-listen", "127.0.0.1:0",
         "--host-memory", "64mb", "--host-chunk", "4mb", "--host-memory-dir", memory, "--backend",
-        "host", (char*)NULL);
+        backend, (char*)NULL);
   _exit(127);
 }
 
@@ -47,7 +48,7 @@ static void stop_running(void) {
   if (running != NULL) private_daemon_stop(running, SIGKILL);
 }
 
-void private_daemon_start(struct private_daemon* daemon, const char* program) {
+void private_daemon_start(struct private_daemon* daemon, const char* program, const char* backend) {
   const char* const base = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
   snprintf(daemon->directory, sizeof(daemon->directory), "%s/ckv-c-XXXXXX", base);
   if (mkdtemp(daemon->directory) == NULL) fail("mkdtemp");
@@ -57,7 +58,7 @@ void private_daemon_start(struct private_daemon* daemon, const char* program) {
   daemon->ready_fd = ends[0];
   daemon->pid = fork();
   if (daemon->pid < 0) fail("fork");
-  if (daemon->pid == 0) run(daemon, program, ends[1]);
+  if (daemon->pid == 0) run(daemon, program, backend, ends[1]);
   close(ends[1]);
   running = daemon;
   atexit(stop_running);

@@ -1,4 +1,4 @@
-// A clusterkvd on the host backend for one test program: own directory, socket and host memory.
+// A clusterkvd for one test program: own directory, socket and host memory.
 #pragma once
 
 #include <sys/types.h>
@@ -11,7 +11,7 @@ struct private_daemon {
 };
 
 // Waits until it serves; ends the test program if it does not. `daemon` lives as long as the
-// program, whose exit stops what still runs.
-void private_daemon_start(struct private_daemon* daemon, const char* program);
+// program, whose exit stops what still runs. `backend`: "host" or "cuda".
+void private_daemon_start(struct private_daemon* daemon, const char* program, const char* backend);
 // Sends `signal`. Gives its exit code; 128 + the signal if it was killed by one.
 int private_daemon_stop(struct private_daemon* daemon, int signal);
