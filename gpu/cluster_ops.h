@@ -52,6 +52,7 @@ struct ClusterProblem {
   std::byte* centroids = nullptr;    // dtype [max][head_dim]: mean raw key, final labels
   std::byte* value_means = nullptr;  // dtype [max][head_dim]
   uint32_t* count = nullptr;         // clusters found, 1..max; never an empty one
+  uint32_t* iterations = nullptr;    // done, 1..ClusterArgs::iterations; null: not asked for
 };
 
 struct ClusterArgs {

@@ -147,7 +147,8 @@ absl::StatusOr<ClusterScheduler::BatchMemory> ClusterScheduler::Allocate(Jobs ba
     row_bytes += WorkspaceBytes(job);
     heads += job.heads.size();
   }
-  CKV_ASSIGN_OR_RETURN(memory.workspace, device_.Allocate(row_bytes + heads * sizeof(uint32_t)));
+  CKV_ASSIGN_OR_RETURN(memory.workspace,
+                       device_.Allocate(row_bytes + 2 * heads * sizeof(uint32_t)));
   if (!device_.computes_on_host_memory()) {
     CKV_ASSIGN_OR_RETURN(memory.device_rows, device_.Allocate(row_bytes));
   }
@@ -196,13 +197,14 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
     }
   }
 
-  // All counts side by side: one copy brings them back.
+  // All counts, then all iterations: one copy brings them back.
   auto* const device_counts = workspace_carver.Take<uint32_t>(0);
   for (size_t i = 0; i < cluster.problems.size(); ++i) {
     cluster.problems[i].count = device_counts + i;
+    cluster.problems[i].iterations = device_counts + cluster.problems.size() + i;
   }
   const std::vector<gpu::ClusterProblem> problems = cluster.problems;
-  std::vector<uint32_t> counts(problems.size());
+  std::vector<uint32_t> counts(2 * problems.size());
   absl::Status status = device_.cluster_ops().Cluster(*stream_, std::move(cluster));
   trace.End("enqueue_ms");
   if (status.ok()) status = stream_->Synchronize();  // so that the rows' way back is timed alone
@@ -221,6 +223,7 @@ absl::StatusOr<std::vector<ClusterResult>> ClusterScheduler::Cluster(Jobs batch,
     results[i].permute_seconds = permute_seconds;
     for (size_t head = 0; head < batch[i].heads.size(); ++head, ++next) {
       results[i].heads.push_back({.count = counts[next],
+                                  .iterations = counts[problems.size() + next],
                                   .sizes = problems[next].sizes,
                                   .centroids = problems[next].centroids,
                                   .value_means = problems[next].value_means});

@@ -30,6 +30,7 @@ namespace clusterkv::service {
 // The clusters of one KV head, in device memory of the result.
 struct HeadClusters {
   uint32_t count = 0;
+  uint32_t iterations = 0;  // of k-means
   const uint32_t* sizes = nullptr;
   const std::byte* centroids = nullptr;
   const std::byte* value_means = nullptr;
@@ -98,7 +99,7 @@ class ClusterScheduler {
 
   // What a batch needs on the device while it runs, and what is left of it.
   struct BatchMemory {
-    std::unique_ptr<gpu::DeviceMemory> workspace;  // permuted rows, then counts
+    std::unique_ptr<gpu::DeviceMemory> workspace;  // permuted rows, counts, iterations
     std::unique_ptr<gpu::DeviceMemory>
         device_rows;                     // null where the device computes on host memory
     std::vector<ClusterResult> results;  // of each job

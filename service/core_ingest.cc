@@ -340,9 +340,11 @@ void ServiceCore::CountClustered(const Sequence& sequence, uint32_t tokens,
   const uint64_t problems = result.heads.size();
   counters_.clustering.problems += problems;
   counters_.clustering.tokens += problems * tokens;
-  counters_.clustering.iterations += problems * sequence.method.kmeans_iterations;
   counters_.clustering.seconds += result.seconds;
-  for (const HeadClusters& head : result.heads) counters_.clustering.clusters += head.count;
+  for (const HeadClusters& head : result.heads) {
+    counters_.clustering.clusters += head.count;
+    counters_.clustering.iterations += head.iterations;
+  }
   counters_.d2h.bytes += problems * tokens * sequence.layout.row_bytes();
   counters_.d2h.seconds += result.permute_seconds;
 }

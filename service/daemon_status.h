@@ -110,7 +110,7 @@ struct ClusteringStatus {
   uint64_t problems = 0;    // k-means of one (layer, KV head) done
   uint64_t tokens = 0;      // keys in them
   uint64_t clusters = 0;    // found
-  uint64_t iterations = 0;  // allowed
+  uint64_t iterations = 0;  // done
   uint64_t batches = 0;
   double seconds = 0;                           // of device work
   uint64_t waiting_jobs = 0, running_jobs = 0;  // a job is one layer of a segment

@@ -88,10 +88,9 @@ void AddClusteringMetrics(MetricFamilies& families, const DaemonStatus& status) 
   families.Counter("clusterkv_cluster_keys_total", "Keys that they grouped.", clustering.tokens);
   families.Counter("clusterkv_cluster_clusters_total", "Clusters that they found.",
                    clustering.clusters);
-  families.Counter(
-      "clusterkv_cluster_iterations_total",
-      "Iterations that they were allowed; the host backend ends one that has converged.",
-      clustering.iterations);
+  families.Counter("clusterkv_cluster_iterations_total",
+                   "Iterations that they took; one that has converged ends early.",
+                   clustering.iterations);
   families.Counter("clusterkv_cluster_seconds_total", "Time spent in clustering.",
                    clustering.seconds);
   families.Counter("clusterkv_cluster_batches_total", "Batches of clustering begun.",

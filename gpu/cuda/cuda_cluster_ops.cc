@@ -114,7 +114,8 @@ absl::Status CudaClusterOps::Cluster(Stream& stream, ClusterArgs args) {
                         .sizes = problem.sizes,
                         .centroids = problem.centroids,
                         .value_means = problem.value_means,
-                        .count = problem.count});
+                        .count = problem.count,
+                        .iterations = problem.iterations});
   }
   const KMeansArgs launch = {.bf16 = args.dtype == DType::kBf16,
                              .head_dim = args.head_dim,

@@ -45,6 +45,7 @@ struct Clustering {
   const ClusterProblem* problem = nullptr;
   size_t clusters = 0;  // k
   size_t tiles = 0;
+  uint32_t iterations = 0;
   bool done = false;
   std::vector<float> mean;                   // subtracted from every key; empty: nothing is
   hwy::AlignedFreeUniquePtr<float[]> units;  // keys of length 1, [tile][dim][point]
@@ -178,6 +179,7 @@ void Batch::Run(absl::Span<const ClusterProblem> problems) {
     pool_.ParallelFor(problems.size(), [&](size_t p) {
       Clustering& c = clusterings_[p];
       if (c.done) return;
+      c.iterations = iteration;
       c.moved.assign(c.clusters, 0);
       const bool changed = GroupByLabel(c);
       c.done = last || !changed;
@@ -382,6 +384,7 @@ void Batch::WriteOrder(Clustering& c) const {
   std::copy(c.members.begin(), c.members.end(), problem.order);
   std::copy(c.sizes.begin(), c.sizes.end(), problem.sizes);
   *problem.count = static_cast<uint32_t>(c.sizes.size());
+  if (problem.iterations != nullptr) *problem.iterations = c.iterations;
 }
 
 // Of the raw rows; `mean` holds the key's and the value's.

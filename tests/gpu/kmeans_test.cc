@@ -54,6 +54,7 @@ struct Options {
 struct Result {
   std::vector<uint32_t> order, sizes;
   std::vector<float> centroids, value_means;  // [sizes.size()][head_dim]
+  uint32_t iterations = 0;                    // done
   // Of each token.
   std::vector<uint32_t> Labels() const {
     std::vector<uint32_t> labels(order.size());
@@ -93,6 +94,7 @@ std::vector<Result> Cluster(const std::vector<const Data*>& data, const Options&
     problem.centroids = centroids[p].data();
     problem.value_means = value_means[p].data();
     problem.count = &counts[p];
+    problem.iterations = &results[p].iterations;
     args.problems.push_back(problem);
   }
   ThreadPool pool(options.threads);
@@ -384,6 +386,19 @@ TEST(Kmeans, LabelsAreTheNearestCentroidOnceNothingChanges) {
       ASSERT_GE(own, BestDirection(&units[t * 64], directions, 64).first - 1e-5) << "token " << t;
     }
   }
+}
+
+TEST(Kmeans, CountsTheIterationsThatItTook) {
+  const Data data = MakeData({.tokens = 1500, .topics = 40}, 23);
+  const Result converged = Cluster(data, {.clusters = 33, .iterations = 1000});
+  ASSERT_GT(converged.iterations, 2u);
+  ASSERT_LT(converged.iterations, 1000u);
+  // The last of them changed nothing.
+  const Result same = Cluster(data, {.clusters = 33, .iterations = converged.iterations - 1});
+  EXPECT_EQ(same.iterations, converged.iterations - 1);
+  EXPECT_EQ(same.Labels(), converged.Labels());
+  const Result before = Cluster(data, {.clusters = 33, .iterations = converged.iterations - 2});
+  EXPECT_NE(before.Labels(), converged.Labels());
 }
 
 TEST(Kmeans, MoreIterationsNeverLowerTheObjective) {

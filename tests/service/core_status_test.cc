@@ -150,7 +150,8 @@ TEST_F(CoreStatusTest, ClusteringIsCountedAndPendingSegmentsComeAndGo) {
   status = core_->status();
   EXPECT_EQ(status.clustering.problems, 4u);
   EXPECT_EQ(status.clustering.tokens, 2u * (32 + 16));
-  EXPECT_EQ(status.clustering.iterations, 4u * 3);
+  EXPECT_GE(status.clustering.iterations, 4u);
+  EXPECT_LE(status.clustering.iterations, 4u * 3);  // as many as the method allows
   EXPECT_GE(status.clustering.clusters, 4u * 2);
   EXPECT_GE(status.clustering.batches, 1u);
   EXPECT_NEAR(status.clustering.publish.sum(), 2 * 2, 1e-9);

@@ -29,11 +29,12 @@ struct KMeansProblem {
   uint32_t tokens = 0;         // 1..65,536
   uint32_t clusters = 0;       // k, 1..tokens
   uint64_t seed = 0;
-  uint32_t* order = nullptr;    // [tokens]
-  uint32_t* sizes = nullptr;    // [max]
-  void* centroids = nullptr;    // storage dtype [max][head_dim]: mean raw key
-  void* value_means = nullptr;  // storage dtype [max][head_dim]
-  uint32_t* count = nullptr;    // clusters found
+  uint32_t* order = nullptr;       // [tokens]
+  uint32_t* sizes = nullptr;       // [max]
+  void* centroids = nullptr;       // storage dtype [max][head_dim]: mean raw key
+  void* value_means = nullptr;     // storage dtype [max][head_dim]
+  uint32_t* count = nullptr;       // clusters found
+  uint32_t* iterations = nullptr;  // assignments done; may be null
 };
 
 struct KMeansArgs {

@@ -49,6 +49,7 @@ struct Problem {
   void* centroids = nullptr;
   void* value_means = nullptr;
   uint32_t* count = nullptr;
+  uint32_t* iterations = nullptr;
   uint64_t seed = 0;
   uint64_t first_token = 0;      // into the arrays by token
   uint64_t first_centroid = 0;   // into unit centroids and biases, which are padded
@@ -65,7 +66,8 @@ struct Problem {
 struct State {
   uint32_t changed;  // a label, by the last assignment
   uint32_t done;
-  uint32_t grouping;  // 0 or 1: where the last one is
+  uint32_t grouping;    // 0 or 1: where the last one is
+  uint32_t iterations;  // done
 };
 
 // By value to every kernel. Arrays are in the workspace.

@@ -39,7 +39,12 @@ __global__ void __launch_bounds__(kSplitThreads) SplitKernel(const __grid_consta
     }
     before += total;
   }
-  if (threadIdx.x == 0) *problem.count = before;
+  if (threadIdx.x == 0) {
+    *problem.count = before;
+    if (problem.iterations != nullptr) {
+      *problem.iterations = batch.states[blockIdx.x].iterations;
+    }
+  }
   for (uint32_t i = threadIdx.x; i < problem.tokens; i += kSplitThreads) {
     problem.order[i] = __ldg(members + i);
   }

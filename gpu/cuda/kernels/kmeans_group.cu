@@ -98,8 +98,9 @@ __global__ void __launch_bounds__(1024)
   if (state.done != 0) return;
   const bool changed = first_time || state.changed != 0;
   const uint32_t grouping = first_time ? 0 : changed ? 1 - state.grouping : state.grouping;
+  const uint32_t iterations = state.iterations + 1;
   __syncthreads();
-  if (threadIdx.x == 0) state = {0, changed ? 0u : 1u, grouping};
+  if (threadIdx.x == 0) state = {0, changed ? 0u : 1u, grouping, iterations};
   if (!changed) return;
 
   const Problem problem = batch.problems[blockIdx.x];

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kDescribeThreads)
   const Problem& problem = descriptions.problems[blockIdx.x];
   if (threadIdx.x == 0) {
     batch.problems[index] = problem;
-    batch.states[index] = {0, 0, 0};
+    batch.states[index] = {};
   }
   for (uint32_t i = threadIdx.x; i < problem.tiles; i += kDescribeThreads) {
     batch.tile_problem[problem.first_tile + i] = index;
@@ -74,6 +74,7 @@ class Totals {
     p.centroids = from.centroids;
     p.value_means = from.value_means;
     p.count = from.count;
+    p.iterations = from.iterations;
     p.seed = from.seed;
     p.tokens = from.tokens;
     p.clusters = std::min(from.clusters, from.tokens);

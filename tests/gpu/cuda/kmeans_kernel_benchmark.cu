@@ -167,6 +167,7 @@ class Run {
       problem.centroids = take(pieces * test.head_dim * 2);
       problem.value_means = take(pieces * test.head_dim * 2);
       problem.count = reinterpret_cast<uint32_t*>(take(4));
+      problem.iterations = reinterpret_cast<uint32_t*>(take(4));
       GenerateKernel<<<256, 256>>>(rows_ + row_at, test.bf16, test.data, MixBits(seed + 99 + p),
                                    tokens, test.head_dim);
       row_at += size_t{tokens} * test.head_dim * 4;
@@ -236,6 +237,7 @@ struct Answer {
   std::vector<float> rows;                  // [tokens][2 * head_dim]
   std::vector<float> units;                 // [tokens][head_dim], zero without a direction
   std::vector<uint32_t> order, sizes;       // sizes: [count]
+  uint32_t iterations = 0;                  // done
   std::vector<uint16_t> centroids, values;  // [count][head_dim]
   bool poison_kept = true;
 };
@@ -365,6 +367,9 @@ class Checker {
     if (!a_.poison_kept) return "wrote beyond its results";
     if (std::string fault = CheckOrder(); !fault.empty()) return fault;
     if (std::string fault = CheckMeans(); !fault.empty()) return fault;
+    if (a_.iterations == 0 || a_.iterations > a_.test->iterations) {
+      return "took " + std::to_string(a_.iterations) + " iterations";
+    }
     std::vector<float> directions(a_.sizes.size() * d_);
     objective_ = Directions(a_, labels_, static_cast<uint32_t>(a_.sizes.size()), directions);
     if (a_.test->largest >= a_.tokens) {
@@ -447,6 +452,7 @@ class Checker {
   }
   std::string CheckConverged(const std::vector<float>& directions) const {
     const auto clusters = static_cast<uint32_t>(a_.sizes.size());
+    if (a_.iterations == a_.test->iterations) return "has not converged";
     for (uint32_t t = 0; t < a_.tokens; ++t) {
       const float* unit = &a_.units[size_t{t} * d_];
       const uint32_t best = Nearest(a_, t, directions, clusters);
@@ -487,6 +493,9 @@ Answer AnswerOf(const Case& test, const Run& run, const std::vector<unsigned cha
   const size_t most = problem.clusters + problem.tokens / test.largest;
   std::vector<uint32_t> count;
   read(count, problem.count, 1, 1);
+  std::vector<uint32_t> iterations;
+  read(iterations, problem.iterations, 1, 1);
+  a.iterations = iterations[0];
   const size_t found = std::min<size_t>(count[0], most);
   read(a.order, problem.order, problem.tokens, problem.tokens);
   read(a.sizes, problem.sizes, found, most);
