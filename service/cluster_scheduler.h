@@ -1,73 +1,43 @@
-// Clusters and publishes segments on a thread and stream of its own, in batches over all the
+// Clusters and publishes segments on a thread and two streams of its own, in batches over all the
 // (layer, head) problems that are ready, whatever sequence they belong to.
 //
 //   Submit(job) ─► ready jobs ─► k-means of a whole batch ─► permute in place ─► done(results)
-//   Publish(args) ─► metadata, then published_segments ─► done
+//                                      stream "cluster"       stream "offload"
+//   Publish(args) ─► metadata, then published_segments ─► done      (stream "cluster")
 //
-// A batch is bounded by workspace bytes, so that one device burst stays short (design D6). Where
-// the device has no memory for a batch, its jobs run one by one; a job that gets none even then
-// fails alone, with RESOURCE_EXHAUSTED.
+// A pipeline of two stages: while one batch is in the offload stage the next is clustered. Its
+// turns are tasks of the thread's queue, so that publishing gets its own between them:
+//
+//   1. take a batch of what is ready, start its k-means
+//   2. wait for the batch that is being offloaded, hand out its results, free its memory
+//   3. wait for the k-means, start its offload
+//
+// So batches finish in order, and at most two have device memory. A batch is bounded by workspace
+// bytes, so that one device burst stays short (design D6). Where the device has no memory for a
+// second batch, it waits for the first; where it has none for a batch alone, its jobs run one by
+// one; a job that gets none even then fails alone, with RESOURCE_EXHAUSTED.
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/types/span.h"
 #include "gpu/cluster_ops.h"
 #include "gpu/device.h"
+#include "service/cluster_batch.h"
 #include "service/slow_log.h"
 #include "service/task_queue.h"
 
 namespace clusterkv::service {
 
-// The clusters of one KV head, in device memory of the result.
-struct HeadClusters {
-  uint32_t count = 0;
-  uint32_t iterations = 0;  // of k-means
-  const uint32_t* sizes = nullptr;
-  const std::byte* centroids = nullptr;
-  const std::byte* value_means = nullptr;
-};
-
-struct ClusterResult {
-  std::unique_ptr<gpu::DeviceMemory> memory;
-  std::vector<HeadClusters> heads;
-  double seconds = 0;          // this job's share of the batch's time
-  double permute_seconds = 0;  // and of the part of it that wrote rows into the host store
-};
-
-// One layer of one segment.
-struct ClusterJob {
-  struct Head {
-    std::byte* rows = nullptr;  // staged; permuted in place
-    uint32_t* positions = nullptr;
-    uint64_t seed = 0;
-  };
-  uint32_t tokens = 0;
-  uint32_t first_position = 0;
-  uint32_t clusters = 0;      // k
-  uint32_t max_clusters = 0;  // after splits
-  // The same in all jobs of a batch.
-  uint32_t head_dim = 0;
-  gpu::DType dtype = gpu::DType::kFp16;
-  uint32_t iterations = 0;
-  uint32_t largest_cluster_tokens = 0;
-  bool center_keys = false;
-
-  std::vector<Head> heads;
-  OperationTrace trace{};                                   // since it was ready
-  std::function<void(absl::StatusOr<ClusterResult>)> done;  // on the scheduler's thread
-};
-
 struct ClusterLoad {
-  size_t waiting_jobs = 0, running_jobs = 0;
+  size_t waiting_jobs = 0, running_jobs = 0;  // running: in either stage
   double oldest_seconds = 0;  // since the oldest of them was submitted; 0: there is none
   uint64_t batches = 0;       // begun
 };
@@ -81,47 +51,48 @@ class ClusterScheduler {
   ~ClusterScheduler();
 
   void Submit(ClusterJob job);
-  // `keep` lives until `done`, which runs on the scheduler's thread.
+  // What `args` point to lives until `done`, which runs on the scheduler's thread. The clusters
+  // were handed out by jobs' `done`, so their rows are in the host store, and no stream writes
+  // them.
   void Publish(gpu::PublishArgs args, std::function<void(absl::Status)> done);
-  // Finishes what is queued. Idempotent.
+  // Finishes what is queued and what is being offloaded. Idempotent.
   void Stop() { queue_.Stop(); }
 
   ClusterLoad load() const;
   TaskQueueLoad thread_load() const { return queue_.load(); }
 
  private:
-  using Clock = std::chrono::steady_clock;
+  using Clock = ClusterBatch::Clock;
   struct Ready {
     ClusterJob job;
     Clock::time_point submitted;
   };
-  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> stream, SlowLog& slow_log);
-
-  // What a batch needs on the device while it runs, and what is left of it.
-  struct BatchMemory {
-    std::unique_ptr<gpu::DeviceMemory> workspace;  // permuted rows, counts, iterations
-    std::unique_ptr<gpu::DeviceMemory>
-        device_rows;                     // null where the device computes on host memory
-    std::vector<ClusterResult> results;  // of each job
+  struct Running {  // a batch
+    size_t jobs = 0;
+    Clock::time_point oldest;
   };
-  using Jobs = absl::Span<const ClusterJob>;
+  ClusterScheduler(gpu::Device& device, std::unique_ptr<gpu::Stream> cluster_stream,
+                   std::unique_ptr<gpu::Stream> offload_stream, SlowLog& slow_log);
 
-  std::vector<ClusterJob> TakeBatch();
+  std::unique_ptr<ClusterBatch> TakeBatch();  // null: nothing is ready
+  // One turn of the pipeline.
   void RunReady();
-  void RunBatch(Jobs batch);
-  absl::StatusOr<BatchMemory> Allocate(Jobs batch);
-  absl::StatusOr<std::vector<ClusterResult>> Cluster(Jobs batch, BatchMemory memory,
-                                                     OperationTrace& trace);
+  void FinishPending();
+  void RunOneByOne(std::vector<ClusterJob> jobs);
+  // The oldest batch is over.
+  void EndBatch();
 
   gpu::Device& device_;
-  std::unique_ptr<gpu::Stream> stream_;
+  const std::unique_ptr<gpu::Stream> cluster_stream_, offload_stream_;
   SlowLog& slow_log_;
+  // Only the queue's thread uses these.
+  std::unique_ptr<ClusterBatch> pending_;  // in the offload stage; null: none
+  Clock::time_point last_end_{};           // of a batch
   mutable std::mutex mu_;
-  std::deque<Ready> ready_;             // guarded by mu_
-  size_t running_ = 0;                  // guarded by mu_; jobs
-  Clock::time_point oldest_running_{};  // guarded by mu_
-  uint64_t batches_ = 0;                // guarded by mu_
-  TaskQueue queue_;                     // last: its thread uses the rest
+  std::deque<Ready> ready_;      // guarded by mu_
+  std::deque<Running> running_;  // guarded by mu_; oldest first
+  uint64_t batches_ = 0;         // guarded by mu_
+  TaskQueue queue_;              // last: its thread uses the rest
 };
 
 }  // namespace clusterkv::service

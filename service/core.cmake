@@ -1,6 +1,7 @@
 # The service without gRPC: sessions, sequences, memory, ingest, clustering, served fetch.
 add_library(clusterkv_service STATIC
   ${CMAKE_CURRENT_LIST_DIR}/audit_slot.cc
+  ${CMAKE_CURRENT_LIST_DIR}/cluster_batch.cc
   ${CMAKE_CURRENT_LIST_DIR}/cluster_scheduler.cc
   ${CMAKE_CURRENT_LIST_DIR}/core.cc
   ${CMAKE_CURRENT_LIST_DIR}/core_audit.cc

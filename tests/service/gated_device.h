@@ -1,5 +1,5 @@
-// The host device, whose staging, k-means, steps, allocations and audits' copies wait at a gate or
-// fail when a test says so.
+// The host device, whose staging, k-means, permuting, steps, allocations and audits' copies wait at
+// a gate or fail when a test says so.
 #pragma once
 
 #include <atomic>
@@ -15,6 +15,8 @@
 #include "gpu/cluster_ops.h"
 #include "gpu/decode_ops.h"
 #include "gpu/device.h"
+#include "gpu/host/host_stream.h"
+#include "gpu/status_macros.h"
 
 namespace clusterkv::service {
 
@@ -36,8 +38,17 @@ class Gate {
     std::unique_lock lock(mu_);
     ++waiting_;
     changed_.notify_all();
-    changed_.wait(lock, [this] { return open_; });
+    changed_.wait(lock, [this] { return open_ || admit_; });
     --waiting_;
+    admit_ = false;
+    changed_.notify_all();
+  }
+  // Lets one pass the closed gate. Returns when it has.
+  void Admit() {
+    std::unique_lock lock(mu_);
+    admit_ = true;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return !admit_; });
   }
   // Until somebody waits at the closed gate.
   void AwaitArrival() {
@@ -49,6 +60,7 @@ class Gate {
   std::mutex mu_;
   std::condition_variable changed_;  // with mu_
   bool open_ = true;                 // guarded by mu_
+  bool admit_ = false;               // guarded by mu_
   int waiting_ = 0;                  // guarded by mu_
 };
 
@@ -72,16 +84,42 @@ class GatedStream : public gpu::Stream {
   const std::atomic<bool>& fail_;
 };
 
+// Counts its bytes as long as it lives.
+class CountedMemory : public gpu::DeviceMemory {
+ public:
+  CountedMemory(std::unique_ptr<gpu::DeviceMemory> memory,
+                std::shared_ptr<std::atomic<size_t>> bytes)
+      : memory_(std::move(memory)), bytes_(std::move(bytes)) {
+    *bytes_ += memory_->bytes();
+  }
+  ~CountedMemory() override { *bytes_ -= memory_->bytes(); }
+
+  std::byte* data() const override { return memory_->data(); }
+  size_t bytes() const override { return memory_->bytes(); }
+  absl::Status Clear() override { return memory_->Clear(); }
+  absl::StatusOr<gpu::UniqueFd> Export() const override { return memory_->Export(); }
+
+ private:
+  const std::unique_ptr<gpu::DeviceMemory> memory_;
+  const std::shared_ptr<std::atomic<size_t>> bytes_;
+};
+
 class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::DecodeOps {
  public:
   explicit GatedDevice(std::unique_ptr<gpu::Device> device) : device_(std::move(device)) {}
 
-  Gate stage, cluster, shared, audit;
-  std::atomic<bool> counts = true;  // who maps shared memory
+  Gate stage, cluster, shared, audit;  // whoever enqueues or asks waits
+  Gate permute;                        // the stream waits
+  Gate refused;                        // who got no memory waits
+  std::atomic<bool> counts = true;     // who maps shared memory
   std::atomic<bool> fail_stage = false, fail_cluster = false, fail_shared = false;
-  std::atomic<bool> fail_audit = false;
+  std::atomic<bool> fail_permute = false, fail_audit = false;
   std::atomic<size_t> largest_allocation = SIZE_MAX;   // not of shared memory
+  std::atomic<size_t> memory_limit = SIZE_MAX;         // likewise, for all that is allocated
   std::atomic<uint32_t> fail_steps_of_generation = 0;  // by an error bit; 0: none
+
+  // Bytes, of what memory_limit is for.
+  size_t allocated() const { return *allocated_; }
 
   const std::string& backend() const override { return device_->backend(); }
   const std::string& description() const override { return device_->description(); }
@@ -105,8 +143,12 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
     return std::make_unique<GatedStream>(*std::move(stream), audit, fail_audit);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> Allocate(size_t bytes) override {
-    if (bytes > largest_allocation) return absl::ResourceExhaustedError("no device memory");
-    return device_->Allocate(bytes);
+    if (bytes > largest_allocation || *allocated_ + bytes > memory_limit) {
+      refused.Pass();
+      return absl::ResourceExhaustedError("no device memory");
+    }
+    CKV_ASSIGN_OR_RETURN(auto memory, device_->Allocate(bytes));
+    return std::make_unique<CountedMemory>(std::move(memory), allocated_);
   }
   absl::StatusOr<std::unique_ptr<gpu::DeviceMemory>> AllocateShared(size_t bytes) override {
     shared.Pass();
@@ -136,6 +178,11 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
     return device_->cluster_ops().Cluster(stream, std::move(args));
   }
   absl::Status Permute(gpu::Stream& stream, gpu::PermuteArgs args) override {
+    auto& host_stream = dynamic_cast<gpu::host::HostStream&>(stream);
+    CKV_RETURN_IF_ERROR(host_stream.Enqueue([this, fail = fail_permute.load()] {
+      permute.Pass();
+      return fail ? absl::InternalError("permuting failed") : absl::OkStatus();
+    }));
     return device_->cluster_ops().Permute(stream, std::move(args));
   }
   absl::Status Publish(gpu::Stream& stream, gpu::PublishArgs args) override {
@@ -188,6 +235,8 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
 
   static constexpr uint32_t kErrorBits = gpu::kWindowOverflow;
   const std::unique_ptr<gpu::Device> device_;
+  // Shared: memory may outlive the device.
+  const std::shared_ptr<std::atomic<size_t>> allocated_ = std::make_shared<std::atomic<size_t>>(0);
 };
 
 }  // namespace clusterkv::service
