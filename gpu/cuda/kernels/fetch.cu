@@ -40,6 +40,8 @@ struct FetchShared {
   // Of kThreads selected clusters at a time: where each one's slots begin in the table; and the
   // misses among them, with where each one's rows begin among all missed rows of these.
   uint32_t table_begin[kThreads];
+  uint32_t first_row[kThreads];
+  uint32_t attended[kThreads];  // rows, from the first on
   uint32_t miss_begin[kThreads + 1];
   uint32_t miss_first_row[kThreads];
   const std::byte* miss_source[kThreads];
@@ -76,85 +78,130 @@ __device__ void AssignSlots(const DeviceState& state, size_t head, uint32_t miss
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // K and V of the missed rows into their slots. A piece is up to kPieceBytes of one cluster's rows,
-// which are contiguous in the host store and scatter over the cache. All threads.
-__device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
-                       uint32_t top, std::byte* buffers, FetchShared& shared) {
-  const auto row_bytes = static_cast<uint32_t>(state.row_bytes());
-  const uint32_t piece_rows = kPieceBytes / row_bytes;
-  // Pieces of each miss, summed in order: miss m's begin at piece_begin[m]. Every warp sums them,
-  // the first one also writes them over the keys, which only evicting uses, before.
-  uint32_t* const piece_begin = shared.keys;
-  uint32_t pieces = 0;
-  for (uint32_t begin = 0; begin < misses; begin += 32) {
-    const uint32_t lane = threadIdx.x % 32;
-    const uint32_t miss = begin + lane;
-    const uint32_t end = miss + 1 < misses ? shared.miss_begin[miss + 1] : rows;
-    const uint32_t own =
-        miss < misses ? (end - shared.miss_begin[miss] + piece_rows - 1) / piece_rows : 0;
-    uint32_t sum = own;
-    for (uint32_t step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
+// which are contiguous in the host store and scatter over the cache. All threads make one, start
+// it, and end it with Finish, or with Drain where the slots turned out to be damaged.
+class Gather {
+ public:
+  __device__ Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
+                    uint32_t top, std::byte* buffers, FetchShared& shared)
+      : state_(state),
+        head_(head),
+        misses_(misses),
+        rows_(rows),
+        top_(top),
+        lane_(threadIdx.x / kCopyStride),
+        copies_(threadIdx.x % kCopyStride == 0),
+        buffers_(buffers + lane_ * 2 * kPieceBytes),
+        shared_(shared) {}
+
+  // The first pieces are on their way.
+  __device__ void Start() {
+    CountPieces();
+    __syncthreads();
+    if (!copies_) return;
+#pragma unroll
+    for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+      const uint32_t piece = lane_ + buffer * kCopyLanes;
+      if (piece < pieces_) Load(piece, buffer);
     }
-    if (miss < misses && threadIdx.x < 32) piece_begin[miss] = pieces + sum - own;
-    pieces += __shfl_sync(0xffffffffu, sum, 31);
   }
-  __syncthreads();
-  if (threadIdx.x % kCopyStride != 0) return;
-  const uint32_t lane = threadIdx.x / kCopyStride;
-  std::byte* const own_buffers = buffers + lane * 2 * kPieceBytes;
-  uint64_t* const barriers = shared.barriers[lane];
-  uint32_t phases = shared.phases[lane];
-  const uint32_t* const free_slots = state.free_slots(head);
+
+  // Without a barrier at the end.
+  __device__ void Finish() {
+    if (!copies_) return;
+    for (uint32_t piece = lane_; piece < pieces_; piece += 2 * kCopyLanes) {
+#pragma unroll
+      for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+        if (piece + buffer * kCopyLanes >= pieces_) break;
+        Wait(buffer);
+        const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
+#pragma unroll
+        for (uint32_t r = 0; r < kMostPieceRows; ++r) {
+          if (r >= in_flight_[buffer].rows) continue;
+          StartBulkStore(state_.cache(head_, in_flight_[buffer].slots[r]),
+                         buffers_ + buffer * kPieceBytes + r * row_bytes, row_bytes);
+        }
+        CommitBulkStores();
+        const uint32_t next = piece + (2 + buffer) * kCopyLanes;
+        if (next >= pieces_) continue;
+        WaitBulkReads();
+        Load(next, buffer);
+      }
+    }
+    WaitBulkStores();
+  }
+
+  // Waits for what is on its way into shared memory.
+  __device__ void Drain() {
+    if (!copies_) return;
+#pragma unroll
+    for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+      if (lane_ + buffer * kCopyLanes < pieces_) Wait(buffer);
+    }
+  }
+
+ private:
   struct Piece {
     uint32_t rows = 0;
     uint32_t slots[kMostPieceRows];
   };
-  const auto start = [&](uint32_t piece, uint32_t buffer) {
-    const uint32_t miss = FindMiss(piece_begin, misses, piece);
-    const uint32_t begin = shared.miss_begin[miss];
-    const uint32_t end = miss + 1 < misses ? shared.miss_begin[miss + 1] : rows;
-    const uint32_t offset = (piece - piece_begin[miss]) * piece_rows;
-    Piece found;
+
+  // Pieces of each miss, summed in order: miss m's begin at piece_begin[m]. Every warp sums them,
+  // the first one also writes them over the keys, which only evicting uses, before.
+  __device__ void CountPieces() {
+    const uint32_t piece_rows = kPieceBytes / static_cast<uint32_t>(state_.row_bytes());
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t begin = 0; begin < misses_; begin += 32) {
+      const uint32_t miss = begin + lane;
+      const uint32_t end = miss + 1 < misses_ ? shared_.miss_begin[miss + 1] : rows_;
+      const uint32_t own =
+          miss < misses_ ? (end - shared_.miss_begin[miss] + piece_rows - 1) / piece_rows : 0;
+      uint32_t sum = own;
+      for (uint32_t step = 1; step < 32; step *= 2) {
+        const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += other;
+      }
+      if (miss < misses_ && threadIdx.x < 32) shared_.keys[miss] = pieces_ + sum - own;
+      pieces_ += __shfl_sync(0xffffffffu, sum, 31);
+    }
+  }
+
+  __device__ void Load(uint32_t piece, uint32_t buffer) {
+    const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
+    const uint32_t piece_rows = kPieceBytes / row_bytes;
+    const uint32_t miss = FindMiss(shared_.keys, misses_, piece);
+    const uint32_t begin = shared_.miss_begin[miss];
+    const uint32_t end = miss + 1 < misses_ ? shared_.miss_begin[miss + 1] : rows_;
+    const uint32_t offset = (piece - shared_.keys[miss]) * piece_rows;
+    Piece& found = in_flight_[buffer];
     found.rows = min(piece_rows, end - begin - offset);
-    StartBulkLoad(own_buffers + buffer * kPieceBytes,
-                  shared.miss_source[miss] + size_t{offset} * row_bytes, found.rows * row_bytes,
-                  &barriers[buffer]);
+    StartBulkLoad(buffers_ + buffer * kPieceBytes,
+                  shared_.miss_source[miss] + size_t{offset} * row_bytes, found.rows * row_bytes,
+                  &shared_.barriers[lane_][buffer]);
     // While the rows are on their way.
+    const uint32_t* const free_slots = state_.free_slots(head_);
 #pragma unroll
     for (uint32_t r = 0; r < kMostPieceRows; ++r) {
-      if (r < found.rows) found.slots[r] = free_slots[top - 1 - (begin + offset + r)];
-    }
-    return found;
-  };
-  Piece in_flight[2];
-#pragma unroll
-  for (uint32_t buffer = 0; buffer < 2; ++buffer) {
-    const uint32_t piece = lane + buffer * kCopyLanes;
-    if (piece < pieces) in_flight[buffer] = start(piece, buffer);
-  }
-  for (uint32_t piece = lane; piece < pieces; piece += 2 * kCopyLanes) {
-#pragma unroll
-    for (uint32_t buffer = 0; buffer < 2; ++buffer) {
-      if (piece + buffer * kCopyLanes >= pieces) break;
-      WaitBarrier(&barriers[buffer], phases >> buffer & 1);
-      phases ^= 1u << buffer;
-#pragma unroll
-      for (uint32_t r = 0; r < kMostPieceRows; ++r) {
-        if (r >= in_flight[buffer].rows) continue;
-        StartBulkStore(state.cache(head, in_flight[buffer].slots[r]),
-                       own_buffers + buffer * kPieceBytes + r * row_bytes, row_bytes);
-      }
-      CommitBulkStores();
-      const uint32_t next = piece + (2 + buffer) * kCopyLanes;
-      if (next >= pieces) continue;
-      WaitBulkReads();
-      in_flight[buffer] = start(next, buffer);
+      if (r < found.rows) found.slots[r] = free_slots[top_ - 1 - (begin + offset + r)];
     }
   }
-  shared.phases[lane] = phases;
-  WaitBulkStores();
-}
+
+  __device__ void Wait(uint32_t buffer) {
+    uint32_t& phases = shared_.phases[lane_];
+    WaitBarrier(&shared_.barriers[lane_][buffer], phases >> buffer & 1);
+    phases ^= 1u << buffer;
+  }
+
+  const DeviceState& state_;
+  const size_t head_;
+  const uint32_t misses_, rows_, top_;
+  const uint32_t lane_;
+  const bool copies_;
+  std::byte* const buffers_;
+  FetchShared& shared_;
+  uint32_t pieces_ = 0;
+  Piece in_flight_[2];
+};
 
 __device__ void PrepareGather(FetchShared& shared) {
   if (threadIdx.x >= kCopyLanes) return;
@@ -166,34 +213,48 @@ __device__ void PrepareGather(FetchShared& shared) {
 #else
 
 // By all warps, through registers.
-__device__ void Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
-                       uint32_t top, std::byte* /*buffers*/, FetchShared& shared) {
-  const uint32_t* const free_slots = state.free_slots(head);
-  const auto row_words = static_cast<uint32_t>(state.row_bytes() / 16);
-  const uint32_t words = rows * row_words;
-  const uint32_t lane = threadIdx.x % 32;
-  for (uint32_t begin = threadIdx.x / 32 * 32 * kInFlight; begin < words;
-       begin += kThreads * kInFlight) {
-    uint4 values[kInFlight];
+class Gather {
+ public:
+  __device__ Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
+                    uint32_t top, std::byte* /*buffers*/, FetchShared& shared)
+      : state_(state), head_(head), misses_(misses), rows_(rows), top_(top), shared_(shared) {}
+
+  __device__ void Start() {}
+  __device__ void Drain() {}
+  __device__ void Finish() {
+    const uint32_t* const free_slots = state_.free_slots(head_);
+    const auto row_words = static_cast<uint32_t>(state_.row_bytes() / 16);
+    const uint32_t words = rows_ * row_words;
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t begin = threadIdx.x / 32 * 32 * kInFlight; begin < words;
+         begin += kThreads * kInFlight) {
+      uint4 values[kInFlight];
 #pragma unroll
-    for (uint32_t i = 0; i < kInFlight; ++i) {
-      const uint32_t word = begin + i * 32 + lane;
-      if (word >= words) continue;
-      const uint32_t row = word / row_words;
-      const uint32_t miss = FindMiss(shared.miss_begin, misses, row);
-      const std::byte* const source =
-          shared.miss_source[miss] + (row - shared.miss_begin[miss]) * state.row_bytes();
-      values[i] = __ldcs(reinterpret_cast<const uint4*>(source) + word % row_words);
-    }
+      for (uint32_t i = 0; i < kInFlight; ++i) {
+        const uint32_t word = begin + i * 32 + lane;
+        if (word >= words) continue;
+        const uint32_t row = word / row_words;
+        const uint32_t miss = FindMiss(shared_.miss_begin, misses_, row);
+        const std::byte* const source =
+            shared_.miss_source[miss] + (row - shared_.miss_begin[miss]) * state_.row_bytes();
+        values[i] = __ldcs(reinterpret_cast<const uint4*>(source) + word % row_words);
+      }
 #pragma unroll
-    for (uint32_t i = 0; i < kInFlight; ++i) {
-      const uint32_t word = begin + i * 32 + lane;
-      if (word >= words) continue;
-      const uint32_t slot = free_slots[top - 1 - word / row_words];
-      reinterpret_cast<uint4*>(state.cache(head, slot))[word % row_words] = values[i];
+      for (uint32_t i = 0; i < kInFlight; ++i) {
+        const uint32_t word = begin + i * 32 + lane;
+        if (word >= words) continue;
+        const uint32_t slot = free_slots[top_ - 1 - word / row_words];
+        reinterpret_cast<uint4*>(state_.cache(head_, slot))[word % row_words] = values[i];
+      }
     }
   }
-}
+
+ private:
+  const DeviceState& state_;
+  const size_t head_;
+  const uint32_t misses_, rows_, top_;
+  FetchShared& shared_;
+};
 
 __device__ void PrepareGather(FetchShared& /*shared*/) {}
 
@@ -227,16 +288,29 @@ __global__ void __launch_bounds__(kThreads)
   PrepareGather(shared);
   __syncthreads();
 
+  // What a thread looked up stays in its registers where each looks up one cluster.
+  const uint32_t* const take = state.selected_take(kv_head);
+  uint32_t cluster = 0, attended = 0;
+  ClusterEntry entry{};
+  bool missed = false;
+  const auto look_up = [&](uint32_t i) {
+    cluster = selected[i];
+    attended = take[i];
+    if (cluster >= clusters) return false;
+    entry = entries[cluster];
+    missed = last_used[cluster] == 0;
+    return true;
+  };
+
   // Hits first: what this step uses must not make room for its misses.
   uint32_t hits = 0, hit_tokens = 0, misses = 0, missed_tokens = 0;
   for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-    const uint32_t cluster = selected[i];
-    if (cluster >= clusters) {
+    if (!look_up(i)) {
       shared.damaged = true;
       continue;
     }
-    const uint32_t tokens = state.ClusterTokens(entries[cluster]);
-    if (last_used[cluster] != 0) {
+    const uint32_t tokens = state.ClusterTokens(entry);
+    if (!missed) {
       last_used[cluster] = step;
       ++hits, hit_tokens += tokens;
     } else {
@@ -277,27 +351,23 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   // Where each cluster's rows begin in the table, and each miss's slots on the stack.
-  const uint32_t* const take = state.selected_take(kv_head);
   uint32_t* const slot_table = state.slot_table(kv_head);
   uint32_t table_begin = 0, missed_begin = 0;
   for (uint32_t begin = 0; begin < count; begin += kThreads) {
     const uint32_t i = begin + threadIdx.x;
-    uint32_t cluster = 0, tokens = 0, attended = 0;
-    bool missed = false;
-    if (i < count) {
-      cluster = selected[i];
-      tokens = state.ClusterTokens(entries[cluster]);
-      attended = min(min(take[i], tokens), block.budget_tokens);
-      missed = last_used[cluster] == 0;
-    }
-    uint32_t totals[3], before[3] = {attended, missed ? tokens : 0, missed ? 1u : 0u};
+    if (count > kThreads && i < count) look_up(i);
+    if (i >= count) missed = false;
+    const uint32_t tokens = i < count ? state.ClusterTokens(entry) : 0;
+    const uint32_t used = min(min(attended, tokens), block.budget_tokens);
+    uint32_t totals[3], before[3] = {used, missed ? tokens : 0, missed ? 1u : 0u};
     ExclusiveSums(before, totals, shared.sums);
     shared.table_begin[threadIdx.x] = table_begin + before[0];
+    shared.first_row[threadIdx.x] = entry.first_row;
+    shared.attended[threadIdx.x] = used;
     // In a damaged state (step 0) hits may have become misses: no slots were set aside for those.
     if (missed_begin + totals[1] > needed) {
       if (threadIdx.x == 0) shared.damaged = true;
     } else if (missed) {
-      const ClusterEntry entry = entries[cluster];
       const std::byte* const chunk =
           FindChunk(*slot, shared.slot.latch, table->scratch, blockIdx.y, entry.chunk);
       if (chunk == nullptr) {
@@ -311,20 +381,22 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (shared.damaged) break;
-    const bool misses = totals[2] > 0;
-    if (misses) {
+    if (totals[2] > 0) {
+      Gather gather(state, head, totals[2], totals[1], free - missed_begin, buffers, shared);
+      gather.Start();
       AssignSlots(state, head, totals[2], totals[1], free - missed_begin, shared);
       __syncthreads();
-      if (shared.damaged) break;
-      Gather(state, head, totals[2], totals[1], free - missed_begin, buffers, shared);
+      if (shared.damaged) {
+        gather.Drain();
+        break;
+      }
+      gather.Finish();
     }
     // A warp for each cluster, in turn.
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t j = threadIdx.x / 32; j < min(kThreads, count - begin); j += kWarps) {
-      const ClusterEntry entry = entries[selected[begin + j]];
-      const uint32_t used = min(take[begin + j], state.ClusterTokens(entry));
-      const uint32_t* const slot_of_row = state.slot_of_row(head) + entry.first_row;
-      for (uint32_t row = lane; row < used; row += 32) {
+      const uint32_t* const slot_of_row = state.slot_of_row(head) + shared.first_row[j];
+      for (uint32_t row = lane; row < shared.attended[j]; row += 32) {
         const uint32_t cache_slot = slot_of_row[row];
         const uint32_t place = shared.table_begin[j] + row;
         if (cache_slot >= block.cache_tokens) shared.damaged = true;
