@@ -50,7 +50,7 @@ absl::Status ClusterBatch::Start(gpu::Device& device, gpu::Stream& stream) {
   trace_.End("allocate_ms");
   CKV_RETURN_IF_ERROR(memory.status());
   memory_ = *std::move(memory);
-  const absl::Status status = device.cluster_ops().Cluster(stream, Prepare());
+  absl::Status status = device.cluster_ops().Cluster(stream, Prepare());
   trace_.End("enqueue_ms");
   if (status.ok()) return status;
   (void)stream.Synchronize();  // what it did enqueue uses the memory
