@@ -1,6 +1,7 @@
 // An arena without a daemon.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -16,6 +17,10 @@ class HostBytes final : public gpu::DeviceMemory {
   explicit HostBytes(size_t bytes) : bytes_(bytes) {}
   std::byte* data() const override { return bytes_.data(); }
   size_t bytes() const override { return bytes_.size(); }
+  absl::Status Clear() override {
+    std::ranges::fill(bytes_, std::byte{0});
+    return absl::OkStatus();
+  }
   absl::StatusOr<gpu::UniqueFd> Export() const override {
     return absl::InvalidArgumentError("not exportable");
   }

@@ -22,12 +22,13 @@ namespace {
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kWarps = kThreads / 32;
 constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit shared memory
-// Of the gather: threads that copy, each with two buffers of a piece. They lie apart in all warps:
+// Of the gather: threads that copy, each with kBuffers of a piece. They lie apart in all warps:
 // each waits for rows of its own and issues a copy for each, and lanes of a warp would take turns.
 constexpr uint32_t kCopyLanes = 16;
 constexpr uint32_t kCopyStride = kThreads / kCopyLanes;
+constexpr uint32_t kBuffers = 2;
 constexpr uint32_t kPieceBytes = 4096;
-constexpr uint32_t kCopyBytes = kCopyLanes * 2 * kPieceBytes;
+constexpr uint32_t kCopyBytes = kCopyLanes * kBuffers * kPieceBytes;
 [[maybe_unused]] constexpr uint32_t kMostPieceRows = kPieceBytes / 256;  // of head_dim 64
 [[maybe_unused]] constexpr uint32_t kInFlight =
     8;  // 16-byte loads of a lane, where there are no bulk copies
@@ -46,7 +47,7 @@ struct FetchShared {
   uint32_t miss_first_row[kThreads];
   const std::byte* miss_source[kThreads];
   EvictShared<kThreads> evict;
-  uint64_t barriers[kCopyLanes][2];
+  uint64_t barriers[kCopyLanes][kBuffers];
   uint32_t phases[kCopyLanes];  // a bit for each buffer: the phase that comes next
   uint32_t keys[kInShared], weights[kInShared];
 };
@@ -91,7 +92,7 @@ class Gather {
         top_(top),
         lane_(threadIdx.x / kCopyStride),
         copies_(threadIdx.x % kCopyStride == 0),
-        buffers_(buffers + lane_ * 2 * kPieceBytes),
+        buffers_(buffers + lane_ * kBuffers * kPieceBytes),
         shared_(shared) {}
 
   // The first pieces are on their way.
@@ -100,7 +101,7 @@ class Gather {
     __syncthreads();
     if (!copies_) return;
 #pragma unroll
-    for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+    for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
       const uint32_t piece = lane_ + buffer * kCopyLanes;
       if (piece < pieces_) Load(piece, buffer);
     }
@@ -109,9 +110,9 @@ class Gather {
   // Without a barrier at the end.
   __device__ void Finish() {
     if (!copies_) return;
-    for (uint32_t piece = lane_; piece < pieces_; piece += 2 * kCopyLanes) {
+    for (uint32_t piece = lane_; piece < pieces_; piece += kBuffers * kCopyLanes) {
 #pragma unroll
-      for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+      for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
         if (piece + buffer * kCopyLanes >= pieces_) break;
         Wait(buffer);
         const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
@@ -122,7 +123,7 @@ class Gather {
                          buffers_ + buffer * kPieceBytes + r * row_bytes, row_bytes);
         }
         CommitBulkStores();
-        const uint32_t next = piece + (2 + buffer) * kCopyLanes;
+        const uint32_t next = piece + (kBuffers + buffer) * kCopyLanes;
         if (next >= pieces_) continue;
         WaitBulkReads();
         Load(next, buffer);
@@ -135,7 +136,7 @@ class Gather {
   __device__ void Drain() {
     if (!copies_) return;
 #pragma unroll
-    for (uint32_t buffer = 0; buffer < 2; ++buffer) {
+    for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
       if (lane_ + buffer * kCopyLanes < pieces_) Wait(buffer);
     }
   }
@@ -200,13 +201,12 @@ class Gather {
   std::byte* const buffers_;
   FetchShared& shared_;
   uint32_t pieces_ = 0;
-  Piece in_flight_[2];
+  Piece in_flight_[kBuffers];
 };
 
 __device__ void PrepareGather(FetchShared& shared) {
   if (threadIdx.x >= kCopyLanes) return;
-  InitBarrier(&shared.barriers[threadIdx.x][0]);
-  InitBarrier(&shared.barriers[threadIdx.x][1]);
+  for (uint64_t& barrier : shared.barriers[threadIdx.x]) InitBarrier(&barrier);
   shared.phases[threadIdx.x] = 0;
 }
 
