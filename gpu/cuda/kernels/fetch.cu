@@ -6,9 +6,9 @@
 //
 // Without misses: a few dependent reads of L2, a handful of barriers. Misses cost the way over
 // PCIe: runs of their rows come by bulk copies into shared memory and go on to their slots, up to
-// 128 KiB in flight for each head (design D5), while the other warps write the slot table. What is
-// chosen, touched and evicted is what the host backend would; which free slot a row gets is not
-// determined, and shows nowhere.
+// 128 KiB in flight for each head (design D5); slots are handed out while the first of them are on
+// their way. What is chosen, touched and evicted is what the host backend would; which free slot a
+// row gets is not determined, and shows nowhere.
 #include "gpu/cuda/kernels/block_sums.cuh"
 #include "gpu/cuda/kernels/bulk_copy.cuh"
 #include "gpu/cuda/kernels/cluster_cache.cuh"
