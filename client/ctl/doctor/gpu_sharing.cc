@@ -28,7 +28,8 @@ Check CheckGpu(const GpuFacts& gpu, bool mps_running) {
     check.advice = "nvidia-smi -c DEFAULT, or start MPS (nvidia-cuda-mps-control -d)";
   } else if (!gpu.shares_by_descriptor) {
     check.found = "cannot pass memory as a file descriptor (cuMemCreate), as on WSL or some vGPUs";
-    check.advice = "start the daemon with --gpu-sharing legacy, or use a GPU that is passed through whole";
+    check.advice =
+        "start the daemon with --gpu-sharing legacy, or use a GPU that is passed through whole";
   } else if (gpu.mig.value_or(false)) {
     check.verdict = Verdict::kWarn;
     check.found = "is in MIG mode: memory is shared within one instance only";
