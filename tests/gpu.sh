@@ -3,7 +3,7 @@
 #
 #   tests/gpu.sh [--bin DIR] [--tests DIR] [--out DIR] PART...
 #
-# Parts: conformance sanitizer property replay litmus kill bench decode; without one, all of them.
+# Parts: conformance sanitizer property replay litmus kill bench beside decode; without one, all.
 # Programs: preset cuda's build, or a tree of deploy/bundle.sh. Each part leaves PART.json and
 # PART.log in --out (build/gpu); at the end all parts there are merged into gpu.json, which a later
 # call with other parts extends. Exit 1 if a part failed.
@@ -26,7 +26,7 @@ while (($#)); do
   esac
   shift
 done
-((${#parts[@]})) || parts=(conformance sanitizer property replay litmus kill bench decode)
+((${#parts[@]})) || parts=(conformance sanitizer property replay litmus kill bench beside decode)
 mkdir -p "$out" || exit 2
 export CLUSTERKV_REQUIRE_CUDA=1 CLUSTERKV_TEST_CLUSTERKVD=$PWD/$bin/clusterkvd
 [[ $bin == /* ]] && CLUSTERKV_TEST_CLUSTERKVD=$bin/clusterkvd
@@ -110,6 +110,11 @@ part_bench() {
     --ops hbm-copy,h2d,d2h,gather,kmeans,permute-offload,select,fetch,attend,step,served \
     >"$out/bench.json" &&
     with_mps timeout 120 "$bin/clusterkv-bench" --format json --ops served >"$out/bench-mps.json"
+}
+
+part_beside() {
+  timeout 200 python3 tests/gpu/step_beside.py --bin "$bin" >"$out/beside.json" &&
+    with_mps timeout 200 python3 tests/gpu/step_beside.py --bin "$bin" >"$out/beside-mps.json"
 }
 
 part_decode() { timeout 450 "$bin/clusterkv-bench" --format json --ops decode >"$out/decode.json"; }

@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+from daemons import start_daemon
+
 SECONDS = 5.0
 SLACK_BYTES = 32 << 20  # contexts and driver caches come and go in this order
 
@@ -44,18 +46,6 @@ class Driver:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.check(self.cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)))
         return free.value
-
-
-def start_daemon(bin_dir, directory):
-    socket = f"unix:{directory}/clusterkvd.sock"
-    with open(f"{directory}/daemon.log", "a") as log:
-        daemon = subprocess.Popen(
-            [f"{bin_dir}/clusterkvd", "--listen", socket, "--admin-listen", "127.0.0.1:0",
-             "--host-memory", "1gb", "--host-memory-dir", f"{directory}/memory", "--backend",
-             "cuda"], stdout=subprocess.PIPE, stderr=log, text=True)
-    line = daemon.stdout.readline()
-    assert line.startswith("READY"), open(f"{directory}/daemon.log").read()
-    return daemon, socket
 
 
 def start_worker(bin_dir, trace, socket, directory):
@@ -94,7 +84,7 @@ def main():
     result = {"op": "kill", "rounds": options.rounds, "seed": options.seed}
     with tempfile.TemporaryDirectory(prefix="ckv-", dir="/dev/shm") as directory:
         untouched = driver.free_bytes()
-        daemon, socket = start_daemon(options.bin, directory)
+        daemon, socket, _ = start_daemon(options.bin, directory)
         # One whole run first: what the daemon keeps for itself (context, kernels) is there then.
         warm = start_worker(options.bin, options.trace, socket, directory)
         assert warm.wait(120) == 0, open(f"{directory}/worker.log").read()
@@ -140,7 +130,7 @@ def main():
         result.update(daemon_kill_seconds=round(took, 3), worker_exit_code=code)
 
         # A daemon started anew on the same paths serves at once.
-        daemon, socket = start_daemon(options.bin, directory)
+        daemon, socket, _ = start_daemon(options.bin, directory)
         again = start_worker(options.bin, options.trace, socket, directory)
         assert again.wait(120) == 0, open(f"{directory}/worker.log").read()
         daemon.send_signal(signal.SIGTERM)
