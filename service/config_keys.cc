@@ -229,8 +229,7 @@ std::vector<ConfigKey> MemoryKeys() {
       ChoiceKey(
           "gpu-sharing", {"vmm", "legacy"},
           "how workers get device memory of backend cuda; legacy: for drivers that cannot pass it "
-          "as "
-          "a descriptor; not between two containers that are each pid 1",
+          "as a descriptor; not between two containers that are each pid 1",
           [](Config& config, size_t i) { config.gpu_sharing = static_cast<gpu::GpuSharing>(i); },
           [](const Config& config) { return static_cast<size_t>(config.gpu_sharing); }),
       CountKey<int>("threads", "of the host backend; 0: all cores", &Config::threads, 0, 1024),
