@@ -65,11 +65,12 @@ part_property() {
 
 # Worker and daemon in two processes; the host backend's figures to 0.01, and an outsider's numbers.
 part_replay() {
-  local mode backend sharing=${CLUSTERKV_GPU_SHARING:-vmm}
+  local mode backend sharing
   for backend in host cuda; do
-    [[ $backend == cuda ]] && local -x CLUSTERKV_GPU_SHARING=$sharing || local -x CLUSTERKV_GPU_SHARING=vmm
+    sharing=vmm  # the host backend has no other
+    [[ $backend == host ]] || sharing=${CLUSTERKV_GPU_SHARING:-vmm}
     for mode in direct served; do
-      "$bin/clusterkv-replay" "$trace" --backend $backend --mode $mode --format json \
+      CLUSTERKV_GPU_SHARING=$sharing "$bin/clusterkv-replay" "$trace" --backend $backend --mode $mode --format json \
         --dump-outputs "$out/$backend-$mode.safetensors" >"$out/replay-$backend-$mode.json" ||
         return 1
     done

@@ -10,7 +10,6 @@ clustered meanwhile. Fails if it clustered nothing.
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -84,5 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     sys.exit(main())

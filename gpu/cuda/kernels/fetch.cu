@@ -364,7 +364,8 @@ __global__ void __launch_bounds__(kThreads)
     shared.table_begin[threadIdx.x] = table_begin + before[0];
     shared.first_row[threadIdx.x] = entry.first_row;
     shared.attended[threadIdx.x] = used;
-    // In a damaged state (step 0) hits may have become misses: no slots were set aside for those.
+    // Looked up again, hits of a damaged state (step 0) are misses: no slots were set aside for
+    // those.
     if (missed_begin + totals[1] > needed) {
       if (threadIdx.x == 0) shared.damaged = true;
     } else if (missed) {
