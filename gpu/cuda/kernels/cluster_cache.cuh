@@ -7,12 +7,12 @@
 
 namespace clusterkv::gpu::cuda {
 
-// Where a chunk is mapped in this process; null if it is not.
+// Where a chunk is mapped in this process; null if it is not. of: the scratch's chunk_steps of the
+// slot, read ahead of need.
 __device__ inline const std::byte* FindChunk(const DeviceSlot& slot, const StepLatch& latch,
-                                             const DecodeScratch& scratch, uint32_t index,
+                                             const DecodeScratch& scratch, uint32_t index, uint2 of,
                                              uint32_t chunk) {
   if (slot.host_chunks == nullptr) return nullptr;
-  const uint2 of = scratch.chunk_steps[index];
   const std::byte* found = nullptr;
   if (chunk < min(slot.chunk_count, scratch.chunk_stride) && of.x == slot.generation &&
       of.y == latch.step) {

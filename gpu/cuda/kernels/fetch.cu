@@ -1,4 +1,4 @@
-// Fetch: the cluster cache of one (layer, KV head), by one block.
+// Fetch: the cluster cache of one (layer, KV head), by one block, or by a team of blocks.
 //
 //   selected ─► resident? ─yes─► touched          slots of the first `take` rows of each
 //                  └─no──► slots (free, else those ──────────────────────────────────────► table
@@ -6,55 +6,97 @@
 //
 // Without misses: a few dependent reads of L2, a handful of barriers. Misses cost the way over
 // PCIe: runs of their rows come by bulk copies into shared memory and go on to their slots, up to
-// 128 KiB in flight for each head (design D5); slots are handed out while the first of them are on
-// their way. What is chosen, touched and evicted is what the host backend would; which free slot a
-// row gets is not determined, and shows nowhere.
+// 64 KiB in flight for each block (design D5); what is noted of slots is noted while the first of
+// them are on their way. What is chosen, touched and evicted is what the host backend would; which
+// free slot a row gets is not determined, and shows nowhere.
+//
+// Where a batch has few heads, a team (a thread block cluster) has each: one multiprocessor does
+// not keep up with its share of PCIe. Every block finds the misses by itself and gathers its part
+// of them; only the first writes to the state.
+#include <cooperative_groups.h>
+
 #include "gpu/cuda/kernels/block_sums.cuh"
 #include "gpu/cuda/kernels/bulk_copy.cuh"
 #include "gpu/cuda/kernels/cluster_cache.cuh"
 #include "gpu/cuda/kernels/decode_kernels.h"
+#include "gpu/cuda/kernels/numeric.cuh"
 #include "gpu/cuda/kernels/overlapped_launch.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
 
 namespace clusterkv::gpu::cuda {
 namespace {
 
+namespace cg = cooperative_groups;
+
 constexpr uint32_t kThreads = 256;
-constexpr uint32_t kWarps = kThreads / 32;
 constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit shared memory
 // Of the gather: threads that copy, each with kBuffers of a piece. They lie apart in all warps:
 // each waits for rows of its own and issues a copy for each, and lanes of a warp would take turns.
-constexpr uint32_t kCopyLanes = 16;
-constexpr uint32_t kCopyStride = kThreads / kCopyLanes;
+// Two blocks fit a multiprocessor, so that the next kernel is in place before this one ends.
+constexpr uint32_t kCopyLanes = 8;
+[[maybe_unused]] constexpr uint32_t kCopyStride = kThreads / kCopyLanes;
 constexpr uint32_t kBuffers = 2;
 constexpr uint32_t kPieceBytes = 4096;
 constexpr uint32_t kCopyBytes = kCopyLanes * kBuffers * kPieceBytes;
-[[maybe_unused]] constexpr uint32_t kMostPieceRows = kPieceBytes / 256;  // of head_dim 64
 [[maybe_unused]] constexpr uint32_t kInFlight =
-    8;  // 16-byte loads of a lane, where there are no bulk copies
+    8;                               // 16-byte loads of a lane, where there are no bulk copies
+constexpr uint32_t kMostBlocks = 8;  // of a team
 
 struct FetchShared {
   SharedSlot slot;
   uint32_t hits, hit_tokens, misses, missed_tokens;
   bool damaged;
-  BlockSums<kThreads, 3> sums;
-  // Of kThreads selected clusters at a time: where each one's slots begin in the table; and the
-  // misses among them, with where each one's rows begin among all missed rows of these.
+  BlockSums<kThreads, 4> sums;
+  // Of kThreads selected clusters at a time: where each one's attended rows, the first ones, begin
+  // among all of these.
   uint32_t table_begin[kThreads];
   uint32_t first_row[kThreads];
-  uint32_t attended[kThreads];  // rows, from the first on
+  // The misses among them: where each one's rows and its pieces begin among all of these. And which
+  // miss a cluster is.
   uint32_t miss_begin[kThreads + 1];
+  uint32_t miss_piece[kThreads];
   uint32_t miss_first_row[kThreads];
   const std::byte* miss_source[kThreads];
+  uint32_t miss_of[kThreads];
   EvictShared<kThreads> evict;
   uint64_t barriers[kCopyLanes][kBuffers];
-  uint32_t phases[kCopyLanes];  // a bit for each buffer: the phase that comes next
-  uint32_t keys[kInShared], weights[kInShared];
+  uint32_t phases[kCopyLanes];   // a bit for each buffer: the phase that comes next
+  uint32_t room[2 * kInShared];  // keys and sizes while evicting, then the first free slots
+};
+constexpr uint32_t kHit = ~0u;  // in miss_of
+
+// The blocks that have one KV head. A block alone is not launched as a cluster.
+struct Team {
+  uint32_t blocks, rank;
+
+  __device__ bool first() const { return rank == 0; }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  // All threads of all blocks. What came before Arrive in one block comes before what follows Wait
+  // in the others.
+  __device__ void Arrive() const {
+    if (blocks > 1) cg::this_cluster().barrier_arrive();
+  }
+  __device__ void Wait() const {
+    if (blocks > 1) cg::this_cluster().barrier_wait();
+  }
+  // Another block's copy of a shared variable.
+  template <typename T>
+  __device__ T& Of(uint32_t block, T& shared) const {
+    return *cg::this_cluster().map_shared_rank(&shared, block);
+  }
+#else
+  __device__ void Arrive() const {}
+  __device__ void Wait() const {}
+  template <typename T>
+  __device__ T& Of(uint32_t /*block*/, T& shared) const {
+    return shared;
+  }
+#endif
 };
 
 // The last begin that is not above `row`; begins[0] = 0.
-__device__ uint32_t FindMiss(const uint32_t* begins, uint32_t misses, uint32_t row) {
-  uint32_t low = 0, high = misses;
+__device__ uint32_t FindRun(const uint32_t* begins, uint32_t runs, uint32_t row) {
+  uint32_t low = 0, high = runs;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
     (begins[middle] <= row ? low : high) = middle;
@@ -62,17 +104,31 @@ __device__ uint32_t FindMiss(const uint32_t* begins, uint32_t misses, uint32_t r
   return low;
 }
 
-// Slots for `rows` missed rows, from the stack's top. All threads.
-__device__ void AssignSlots(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
-                            uint32_t top, FetchShared& shared) {
-  const uint32_t cache_tokens = state.block().cache_tokens;
-  const uint32_t* const free_slots = state.free_slots(head);
+// The slots of missed rows, from the stack's top; the first of all in shared memory: while rows
+// come over PCIe, a read of device memory can wait behind them for tens of microseconds.
+struct FreeSlots {
+  const uint32_t* stack;  // from the top down
+  const uint32_t* copied;
+
+  __device__ uint32_t operator()(uint32_t row) const {
+    return row < 2 * kInShared ? copied[row] : stack[-static_cast<int64_t>(row)];
+  }
+};
+
+// Missed rows of kThreads selected clusters, or fewer.
+struct MissedRows {
+  uint32_t misses, rows, pieces;
+  uint32_t before;  // rows that earlier ones missed
+};
+
+// Notes the slots of missed rows. All threads.
+__device__ void AssignSlots(const DeviceState& state, size_t head, const MissedRows& missed,
+                            const FreeSlots& slots, FetchShared& shared) {
   uint32_t* const slot_of_row = state.slot_of_row(head);
-  for (uint32_t row = threadIdx.x; row < rows; row += kThreads) {
-    const uint32_t miss = FindMiss(shared.miss_begin, misses, row);
-    const uint32_t slot = free_slots[top - 1 - row];
-    if (slot >= cache_tokens) shared.damaged = true;
-    slot_of_row[shared.miss_first_row[miss] + row - shared.miss_begin[miss]] = slot;
+  for (uint32_t row = threadIdx.x; row < missed.rows; row += kThreads) {
+    const uint32_t miss = FindRun(shared.miss_begin, missed.misses, row);
+    slot_of_row[shared.miss_first_row[miss] + row - shared.miss_begin[miss]] =
+        slots(missed.before + row);
   }
 }
 
@@ -80,50 +136,50 @@ __device__ void AssignSlots(const DeviceState& state, size_t head, uint32_t miss
 
 // K and V of the missed rows into their slots. A piece is up to kPieceBytes of one cluster's rows,
 // which are contiguous in the host store and scatter over the cache. All threads make one, start
-// it, and end it with Finish, or with Drain where the slots turned out to be damaged.
+// it and finish it.
 class Gather {
  public:
-  __device__ Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
-                    uint32_t top, std::byte* buffers, FetchShared& shared)
+  __device__ Gather(const DeviceState& state, size_t head, Team team, const MissedRows& missed,
+                    const FreeSlots& slots, std::byte* buffers, FetchShared& shared)
       : state_(state),
         head_(head),
-        misses_(misses),
-        rows_(rows),
-        top_(top),
+        missed_(missed),
+        slots_(slots),
         lane_(threadIdx.x / kCopyStride),
-        copies_(threadIdx.x % kCopyStride == 0),
+        first_piece_(lane_ * team.blocks + team.rank),
+        lanes_(kCopyLanes * team.blocks),
+        pieces_(threadIdx.x % kCopyStride == 0 ? missed.pieces : 0),
         buffers_(buffers + lane_ * kBuffers * kPieceBytes),
         shared_(shared) {}
 
   // The first pieces are on their way.
   __device__ void Start() {
-    CountPieces();
-    __syncthreads();
-    if (!copies_) return;
 #pragma unroll
     for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
-      const uint32_t piece = lane_ + buffer * kCopyLanes;
+      const uint32_t piece = first_piece_ + buffer * lanes_;
       if (piece < pieces_) Load(piece, buffer);
     }
   }
 
   // Without a barrier at the end.
   __device__ void Finish() {
-    if (!copies_) return;
-    for (uint32_t piece = lane_; piece < pieces_; piece += kBuffers * kCopyLanes) {
+    const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
+    for (uint32_t piece = first_piece_; piece < pieces_; piece += kBuffers * lanes_) {
 #pragma unroll
       for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
-        if (piece + buffer * kCopyLanes >= pieces_) break;
+        if (piece + buffer * lanes_ >= pieces_) break;
         Wait(buffer);
-        const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
-#pragma unroll
-        for (uint32_t r = 0; r < kMostPieceRows; ++r) {
-          if (r >= in_flight_[buffer].rows) continue;
-          StartBulkStore(state_.cache(head_, in_flight_[buffer].slots[r]),
-                         buffers_ + buffer * kPieceBytes + r * row_bytes, row_bytes);
+        for (uint32_t r = 0; r < rows_[buffer]; ++r) {
+          const uint32_t slot = slots_(first_row_[buffer] + r);
+          if (slot >= state_.block().cache_tokens) {
+            shared_.damaged = true;
+            continue;
+          }
+          StartBulkStore(state_.cache(head_, slot), buffers_ + buffer * kPieceBytes + r * row_bytes,
+                         row_bytes);
         }
         CommitBulkStores();
-        const uint32_t next = piece + (kBuffers + buffer) * kCopyLanes;
+        const uint32_t next = piece + (kBuffers + buffer) * lanes_;
         if (next >= pieces_) continue;
         WaitBulkReads();
         Load(next, buffer);
@@ -132,59 +188,19 @@ class Gather {
     WaitBulkStores();
   }
 
-  // Waits for what is on its way into shared memory.
-  __device__ void Drain() {
-    if (!copies_) return;
-#pragma unroll
-    for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
-      if (lane_ + buffer * kCopyLanes < pieces_) Wait(buffer);
-    }
-  }
-
  private:
-  struct Piece {
-    uint32_t rows = 0;
-    uint32_t slots[kMostPieceRows];
-  };
-
-  // Pieces of each miss, summed in order: miss m's begin at piece_begin[m]. Every warp sums them,
-  // the first one also writes them over the keys, which only evicting uses, before.
-  __device__ void CountPieces() {
-    const uint32_t piece_rows = kPieceBytes / static_cast<uint32_t>(state_.row_bytes());
-    const uint32_t lane = threadIdx.x % 32;
-    for (uint32_t begin = 0; begin < misses_; begin += 32) {
-      const uint32_t miss = begin + lane;
-      const uint32_t end = miss + 1 < misses_ ? shared_.miss_begin[miss + 1] : rows_;
-      const uint32_t own =
-          miss < misses_ ? (end - shared_.miss_begin[miss] + piece_rows - 1) / piece_rows : 0;
-      uint32_t sum = own;
-      for (uint32_t step = 1; step < 32; step *= 2) {
-        const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += other;
-      }
-      if (miss < misses_ && threadIdx.x < 32) shared_.keys[miss] = pieces_ + sum - own;
-      pieces_ += __shfl_sync(0xffffffffu, sum, 31);
-    }
-  }
-
   __device__ void Load(uint32_t piece, uint32_t buffer) {
     const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
     const uint32_t piece_rows = kPieceBytes / row_bytes;
-    const uint32_t miss = FindMiss(shared_.keys, misses_, piece);
+    const uint32_t miss = FindRun(shared_.miss_piece, missed_.misses, piece);
     const uint32_t begin = shared_.miss_begin[miss];
-    const uint32_t end = miss + 1 < misses_ ? shared_.miss_begin[miss + 1] : rows_;
-    const uint32_t offset = (piece - shared_.keys[miss]) * piece_rows;
-    Piece& found = in_flight_[buffer];
-    found.rows = min(piece_rows, end - begin - offset);
+    const uint32_t end = miss + 1 < missed_.misses ? shared_.miss_begin[miss + 1] : missed_.rows;
+    const uint32_t offset = (piece - shared_.miss_piece[miss]) * piece_rows;
+    rows_[buffer] = min(piece_rows, end - begin - offset);
+    first_row_[buffer] = missed_.before + begin + offset;
     StartBulkLoad(buffers_ + buffer * kPieceBytes,
-                  shared_.miss_source[miss] + size_t{offset} * row_bytes, found.rows * row_bytes,
+                  shared_.miss_source[miss] + size_t{offset} * row_bytes, rows_[buffer] * row_bytes,
                   &shared_.barriers[lane_][buffer]);
-    // While the rows are on their way.
-    const uint32_t* const free_slots = state_.free_slots(head_);
-#pragma unroll
-    for (uint32_t r = 0; r < kMostPieceRows; ++r) {
-      if (r < found.rows) found.slots[r] = free_slots[top_ - 1 - (begin + offset + r)];
-    }
   }
 
   __device__ void Wait(uint32_t buffer) {
@@ -195,13 +211,14 @@ class Gather {
 
   const DeviceState& state_;
   const size_t head_;
-  const uint32_t misses_, rows_, top_;
-  const uint32_t lane_;
-  const bool copies_;
+  const MissedRows& missed_;
+  const FreeSlots& slots_;
+  const uint32_t lane_;                 // of those that copy, in this block
+  const uint32_t first_piece_, lanes_;  // of those of all blocks
+  const uint32_t pieces_;               // 0: this thread does not copy
   std::byte* const buffers_;
   FetchShared& shared_;
-  uint32_t pieces_ = 0;
-  Piece in_flight_[kBuffers];
+  uint32_t rows_[kBuffers], first_row_[kBuffers];  // of the pieces in the buffers
 };
 
 __device__ void PrepareGather(FetchShared& shared) {
@@ -215,16 +232,14 @@ __device__ void PrepareGather(FetchShared& shared) {
 // By all warps, through registers.
 class Gather {
  public:
-  __device__ Gather(const DeviceState& state, size_t head, uint32_t misses, uint32_t rows,
-                    uint32_t top, std::byte* /*buffers*/, FetchShared& shared)
-      : state_(state), head_(head), misses_(misses), rows_(rows), top_(top), shared_(shared) {}
+  __device__ Gather(const DeviceState& state, size_t head, Team /*team*/, const MissedRows& missed,
+                    const FreeSlots& slots, std::byte* /*buffers*/, FetchShared& shared)
+      : state_(state), head_(head), missed_(missed), slots_(slots), shared_(shared) {}
 
   __device__ void Start() {}
-  __device__ void Drain() {}
   __device__ void Finish() {
-    const uint32_t* const free_slots = state_.free_slots(head_);
     const auto row_words = static_cast<uint32_t>(state_.row_bytes() / 16);
-    const uint32_t words = rows_ * row_words;
+    const uint32_t words = missed_.rows * row_words;
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t begin = threadIdx.x / 32 * 32 * kInFlight; begin < words;
          begin += kThreads * kInFlight) {
@@ -234,7 +249,7 @@ class Gather {
         const uint32_t word = begin + i * 32 + lane;
         if (word >= words) continue;
         const uint32_t row = word / row_words;
-        const uint32_t miss = FindMiss(shared_.miss_begin, misses_, row);
+        const uint32_t miss = FindRun(shared_.miss_begin, missed_.misses, row);
         const std::byte* const source =
             shared_.miss_source[miss] + (row - shared_.miss_begin[miss]) * state_.row_bytes();
         values[i] = __ldcs(reinterpret_cast<const uint4*>(source) + word % row_words);
@@ -243,7 +258,11 @@ class Gather {
       for (uint32_t i = 0; i < kInFlight; ++i) {
         const uint32_t word = begin + i * 32 + lane;
         if (word >= words) continue;
-        const uint32_t slot = free_slots[top_ - 1 - word / row_words];
+        const uint32_t slot = slots_(missed_.before + word / row_words);
+        if (slot >= state_.block().cache_tokens) {
+          shared_.damaged = true;
+          continue;
+        }
         reinterpret_cast<uint4*>(state_.cache(head_, slot))[word % row_words] = values[i];
       }
     }
@@ -252,7 +271,8 @@ class Gather {
  private:
   const DeviceState& state_;
   const size_t head_;
-  const uint32_t misses_, rows_, top_;
+  const MissedRows& missed_;
+  const FreeSlots& slots_;
   FetchShared& shared_;
 };
 
@@ -261,7 +281,7 @@ __device__ void PrepareGather(FetchShared& /*shared*/) {}
 #endif
 
 __global__ void __launch_bounds__(kThreads)
-    FetchKernel(const BatchTable* table, uint32_t layer, uint32_t* fault) {
+    FetchKernel(const BatchTable* table, uint32_t layer, uint32_t team_blocks, uint32_t* fault) {
   FollowPredecessor();
   extern __shared__ __align__(128) std::byte dynamic_shared[];
   std::byte* const buffers = dynamic_shared;
@@ -270,16 +290,23 @@ __global__ void __launch_bounds__(kThreads)
   const DeviceSlot* const slot = &shared.slot.slot;
   const DeviceState state(*slot);
   const StateBlock& block = state.block();
-  const uint32_t kv_head = blockIdx.x;
+  const Team team = {.blocks = team_blocks, .rank = blockIdx.x % team_blocks};
+  const uint32_t kv_head = blockIdx.x / team_blocks;
   const size_t head = HeadIndex(block, layer, kv_head);
-  const size_t item = size_t{blockIdx.y} * gridDim.x + kv_head;
+  const size_t item = size_t{blockIdx.y} * (gridDim.x / team_blocks) + kv_head;
   const uint32_t clusters =
       min(state.VisibleClusters(head, shared.slot.latch.segments), table->scratch.clusters);
   const uint32_t step = shared.slot.latch.step;
   const uint32_t count = min(state.selected_count(kv_head), block.budget_tokens);
   const uint32_t* const selected = state.selected_cluster(kv_head);
-  uint32_t* const last_used = state.last_used(head);
-  const ClusterEntry* const entries = state.clusters(head);
+  const uint32_t* const take = state.selected_take(kv_head);
+  // The thread's first one, before it is known whether there are so many.
+  uint32_t cluster = 0, attended = 0;
+  if (threadIdx.x < block.budget_tokens) {
+    cluster = selected[threadIdx.x];
+    attended = take[threadIdx.x];
+  }
+  const uint2 chunks_of = table->scratch.chunk_steps[blockIdx.y];
   if (threadIdx.x == 0) {
     shared.hits = shared.hit_tokens = shared.misses = shared.missed_tokens = 0;
     shared.damaged = shared.evict.damaged = false;
@@ -289,13 +316,11 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   // What a thread looked up stays in its registers where each looks up one cluster.
-  const uint32_t* const take = state.selected_take(kv_head);
-  uint32_t cluster = 0, attended = 0;
+  const ClusterEntry* const entries = state.clusters(head);
+  uint32_t* const last_used = state.last_used(head);
   ClusterEntry entry{};
   bool missed = false;
-  const auto look_up = [&](uint32_t i) {
-    cluster = selected[i];
-    attended = take[i];
+  const auto look_up = [&] {
     if (cluster >= clusters) return false;
     entry = entries[cluster];
     missed = last_used[cluster] == 0;
@@ -305,13 +330,14 @@ __global__ void __launch_bounds__(kThreads)
   // Hits first: what this step uses must not make room for its misses.
   uint32_t hits = 0, hit_tokens = 0, misses = 0, missed_tokens = 0;
   for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-    if (!look_up(i)) {
+    if (i >= kThreads) cluster = selected[i];
+    if (!look_up()) {
       shared.damaged = true;
       continue;
     }
     const uint32_t tokens = state.ClusterTokens(entry);
     if (!missed) {
-      last_used[cluster] = step;
+      if (team.first()) last_used[cluster] = step;  // not 0 before: no block takes it for a miss
       ++hits, hit_tokens += tokens;
     } else {
       ++misses, missed_tokens += tokens;
@@ -323,7 +349,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const uint32_t needed = shared.missed_tokens;
   if (shared.damaged || shared.evict.freed > block.cache_tokens || needed > block.cache_tokens) {
-    if (threadIdx.x == 0) {
+    if (team.first() && threadIdx.x == 0) {
       state.slot_count(kv_head) = 0;
       Report(fault, KernelFault::kDamagedState, layer);
     }
@@ -334,13 +360,23 @@ __global__ void __launch_bounds__(kThreads)
     const DecodeScratch& scratch = table->scratch;
     const bool in_shared = clusters <= kInShared;
     auto* const keys =
-        in_shared ? shared.keys
+        in_shared ? shared.room
                   : reinterpret_cast<uint32_t*>(scratch.scores + item * scratch.score_stride);
-    Evict<kThreads>(state, head, clusters, needed - shared.evict.freed, step, keys,
-                    in_shared ? shared.weights : keys + scratch.clusters,
-                    scratch.chosen + item * scratch.chosen_stride, shared.evict);
+    team.Arrive();
+    team.Wait();  // all have looked up
+    if (team.first()) {
+      Evict<kThreads>(state, head, clusters, needed - shared.evict.freed, step, keys,
+                      in_shared ? shared.room + kInShared : keys + scratch.clusters,
+                      scratch.chosen + item * scratch.chosen_stride, shared.evict);
+      if (threadIdx.x > 0 && threadIdx.x < team.blocks) {
+        team.Of(threadIdx.x, shared.evict.freed) = shared.evict.freed;
+        team.Of(threadIdx.x, shared.evict.damaged) = shared.evict.damaged;
+      }
+    }
+    team.Arrive();
+    team.Wait();
     if (shared.evict.damaged || shared.evict.freed < needed) {
-      if (threadIdx.x == 0) {
+      if (team.first() && threadIdx.x == 0) {
         state.slot_count(kv_head) = 0;
         Report(fault, KernelFault::kDamagedState, layer);
       }
@@ -348,69 +384,81 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const uint32_t free = shared.evict.freed;
-  __syncthreads();
+  const FreeSlots slots = {.stack = state.free_slots(head) + free - 1, .copied = shared.room};
+  for (uint32_t row = threadIdx.x; row < min(needed, 2 * kInShared); row += kThreads) {
+    CopyAsync4(&shared.room[row], slots.stack - row);
+  }
+  CommitCopies();
 
   // Where each cluster's rows begin in the table, and each miss's slots on the stack.
   uint32_t* const slot_table = state.slot_table(kv_head);
+  const auto piece_rows = kPieceBytes / static_cast<uint32_t>(state.row_bytes());
   uint32_t table_begin = 0, missed_begin = 0;
   for (uint32_t begin = 0; begin < count; begin += kThreads) {
     const uint32_t i = begin + threadIdx.x;
-    if (count > kThreads && i < count) look_up(i);
+    if (count > kThreads && i < count) {
+      cluster = selected[i];
+      attended = take[i];
+      look_up();
+    }
     if (i >= count) missed = false;
+    team.Arrive();
     const uint32_t tokens = i < count ? state.ClusterTokens(entry) : 0;
     const uint32_t used = min(min(attended, tokens), block.budget_tokens);
-    uint32_t totals[3], before[3] = {used, missed ? tokens : 0, missed ? 1u : 0u};
+    uint32_t totals[4], before[4] = {used, missed ? tokens : 0, missed ? 1u : 0u,
+                                     missed ? (tokens + piece_rows - 1) / piece_rows : 0};
     ExclusiveSums(before, totals, shared.sums);
-    shared.table_begin[threadIdx.x] = table_begin + before[0];
+    shared.table_begin[threadIdx.x] = before[0];
     shared.first_row[threadIdx.x] = entry.first_row;
-    shared.attended[threadIdx.x] = used;
+    shared.miss_of[threadIdx.x] = missed ? before[2] : kHit;
     // Looked up again, hits of a damaged state (step 0) are misses: no slots were set aside for
     // those.
     if (missed_begin + totals[1] > needed) {
       if (threadIdx.x == 0) shared.damaged = true;
     } else if (missed) {
       const std::byte* const chunk =
-          FindChunk(*slot, shared.slot.latch, table->scratch, blockIdx.y, entry.chunk);
+          FindChunk(*slot, shared.slot.latch, table->scratch, blockIdx.y, chunks_of, entry.chunk);
       if (chunk == nullptr) {
         Report(fault, KernelFault::kChunkNotMapped, entry.chunk);
         shared.damaged = true;
       }
       const uint32_t miss = before[2];
       shared.miss_begin[miss] = before[1];
+      shared.miss_piece[miss] = before[3];
       shared.miss_first_row[miss] = entry.first_row;
       shared.miss_source[miss] = chunk + size_t{16} * entry.chunk_offset;
     }
+    WaitCopies<0>();
     __syncthreads();
     if (shared.damaged) break;
-    if (totals[2] > 0) {
-      Gather gather(state, head, totals[2], totals[1], free - missed_begin, buffers, shared);
-      gather.Start();
-      AssignSlots(state, head, totals[2], totals[1], free - missed_begin, shared);
-      __syncthreads();
-      if (shared.damaged) {
-        gather.Drain();
-        break;
-      }
-      gather.Finish();
-    }
-    // A warp for each cluster, in turn.
-    const uint32_t lane = threadIdx.x % 32;
-    for (uint32_t j = threadIdx.x / 32; j < min(kThreads, count - begin); j += kWarps) {
-      const uint32_t* const slot_of_row = state.slot_of_row(head) + shared.first_row[j];
-      for (uint32_t row = lane; row < shared.attended[j]; row += 32) {
-        const uint32_t cache_slot = slot_of_row[row];
-        const uint32_t place = shared.table_begin[j] + row;
+    const MissedRows rows = {
+        .misses = totals[2], .rows = totals[1], .pieces = totals[3], .before = missed_begin};
+    Gather gather(state, head, team, rows, slots, buffers, shared);
+    gather.Start();
+    if (team.first()) {
+      AssignSlots(state, head, rows, slots, shared);
+      const uint32_t listed = min(kThreads, count - begin);
+      const uint32_t room = block.budget_tokens - min(table_begin, block.budget_tokens);
+#pragma unroll 4
+      for (uint32_t row = threadIdx.x; row < min(totals[0], room); row += kThreads) {
+        const uint32_t j = FindRun(shared.table_begin, listed, row);
+        const uint32_t offset = row - shared.table_begin[j], miss = shared.miss_of[j];
+        const uint32_t cache_slot = miss == kHit
+                                        ? state.slot_of_row(head)[shared.first_row[j] + offset]
+                                        : slots(missed_begin + shared.miss_begin[miss] + offset);
         if (cache_slot >= block.cache_tokens) shared.damaged = true;
-        if (place < block.budget_tokens) slot_table[place] = cache_slot;
+        slot_table[table_begin + row] = cache_slot;
       }
     }
-    if (missed) last_used[cluster] = step;
+    gather.Finish();
+    team.Wait();  // all have looked up
+    __syncthreads();
+    if (shared.damaged) break;
+    if (team.first() && missed) last_used[cluster] = step;
     table_begin += totals[0];
     missed_begin += totals[1];
-    __syncthreads();
   }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (!team.first() || threadIdx.x != 0) return;
   if (shared.damaged) {
     state.free_count(head) = free - missed_begin;
     state.slot_count(kv_head) = 0;
@@ -433,13 +481,19 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchFetch(const BatchShape& shape, uint32_t layer, cudaStream_t stream) {
-  const dim3 grid(shape.kv_heads, shape.count);
+  uint32_t team = 1;
+  const uint32_t heads = shape.kv_heads * shape.count;
+  while (shape.overlap && team < kMostBlocks &&
+         2 * team * heads <= static_cast<uint32_t>(shape.multiprocessors)) {
+    team *= 2;
+  }
+  const dim3 grid(team * shape.kv_heads, shape.count);
   constexpr int kBytes = kCopyBytes + sizeof(FetchShared);
   const cudaError_t sized =
       cudaFuncSetAttribute(FetchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (sized != cudaSuccess) return sized;
-  return LaunchOverlapped(shape.overlap, FetchKernel, grid, kThreads, kBytes, stream, shape.table,
-                          layer, shape.fault);
+  return LaunchOverlapped(shape.overlap, team, FetchKernel, grid, kThreads, kBytes, stream,
+                          shape.table, layer, team, shape.fault);
 }
 
 }  // namespace clusterkv::gpu::cuda

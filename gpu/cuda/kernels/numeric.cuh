@@ -81,6 +81,13 @@ __device__ inline void CopyAsync16(void* shared, const void* global, bool valid)
                : "r"(address), "l"(global), "r"(bytes)
                : "memory");
 }
+// Four bytes.
+__device__ inline void CopyAsync4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ void WaitCopies() {
