@@ -39,8 +39,11 @@ constexpr uint32_t kBuffers = 2;
 constexpr uint32_t kPieceBytes = 4096;
 constexpr uint32_t kCopyBytes = kCopyLanes * kBuffers * kPieceBytes;
 [[maybe_unused]] constexpr uint32_t kInFlight =
-    8;                               // 16-byte loads of a lane, where there are no bulk copies
-constexpr uint32_t kMostBlocks = 8;  // of a team
+    8;  // 16-byte loads of a lane, where there are no bulk copies
+// Of teams: more than a few hundred KiB on their way do not come faster, and from about 2 MiB on
+// all other reads of device memory, of whichever kernel, wait until they are there.
+constexpr uint32_t kMostInFlight = 1 << 20;
+constexpr uint32_t kMostTeam = 8;  // blocks; more are not portable
 
 struct FetchShared {
   SharedSlot slot;
@@ -483,8 +486,7 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t LaunchFetch(const BatchShape& shape, uint32_t layer, cudaStream_t stream) {
   uint32_t team = 1;
   const uint32_t heads = shape.kv_heads * shape.count;
-  while (shape.overlap && team < kMostBlocks &&
-         2 * team * heads <= static_cast<uint32_t>(shape.multiprocessors)) {
+  while (shape.overlap && team < kMostTeam && 2 * team * heads * kCopyBytes <= kMostInFlight) {
     team *= 2;
   }
   const dim3 grid(team * shape.kv_heads, shape.count);

@@ -24,7 +24,6 @@ __device__ LayerPlan Choose(const DeviceState& state, uint32_t layer, uint32_t k
   uint32_t* const selected = state.selected_cluster(kv_head);
   uint32_t* const selected_take = state.selected_take(kv_head);
   MissedCluster* const missed_clusters = scratch.misses + item * scratch.clusters;
-  const uint2 chunks_of = scratch.chunk_steps[blockIdx.z];
   if (threadIdx.x == 0) {
     shared.damaged = shared.evict.damaged = false;
     shared.trimmed = 0;
@@ -74,7 +73,8 @@ __device__ LayerPlan Choose(const DeviceState& state, uint32_t layer, uint32_t k
     }
     const ClusterEntry entry = entries[cluster];
     const std::byte* const chunk =
-        FindChunk(shared.slot.slot, shared.slot.latch, scratch, blockIdx.z, chunks_of, entry.chunk);
+        FindChunk(shared.slot.slot, shared.slot.latch, scratch, blockIdx.z,
+                  scratch.chunk_steps[blockIdx.z], entry.chunk);
     if (chunk == nullptr) {
       Report(fault, KernelFault::kChunkNotMapped, entry.chunk);
       shared.damaged = true;
