@@ -1,4 +1,4 @@
-// Fetch: the cluster cache of one (layer, KV head), by one block, or by a team of blocks.
+// Fetch: the cluster cache of one (layer, KV head), by one block.
 //
 //   selected ─► resident? ─yes─► touched          slots of the first `take` rows of each
 //                  └─no──► slots (free, else those ──────────────────────────────────────► table
@@ -9,12 +9,6 @@
 // 64 KiB in flight for each block (design D5); what is noted of slots is noted while the first of
 // them are on their way. What is chosen, touched and evicted is what the host backend would; which
 // free slot a row gets is not determined, and shows nowhere.
-//
-// Where a batch has few heads, a team (a thread block cluster) has each: one multiprocessor does
-// not keep up with its share of PCIe. Every block finds the misses by itself and gathers its part
-// of them; only the first writes to the state.
-#include <cooperative_groups.h>
-
 #include "gpu/cuda/kernels/block_sums.cuh"
 #include "gpu/cuda/kernels/bulk_copy.cuh"
 #include "gpu/cuda/kernels/cluster_cache.cuh"
@@ -25,8 +19,6 @@
 
 namespace clusterkv::gpu::cuda {
 namespace {
-
-namespace cg = cooperative_groups;
 
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kInShared = 2048;  // clusters whose keys and sizes fit shared memory
@@ -40,15 +32,12 @@ constexpr uint32_t kPieceBytes = 4096;
 constexpr uint32_t kCopyBytes = kCopyLanes * kBuffers * kPieceBytes;
 [[maybe_unused]] constexpr uint32_t kInFlight =
     8;  // 16-byte loads of a lane, where there are no bulk copies
-// Of teams: more than a few hundred KiB on their way do not come faster, and from about 2 MiB on
-// all other reads of device memory, of whichever kernel, wait until they are there.
-constexpr uint32_t kMostInFlight = 1 << 20;
-constexpr uint32_t kMostTeam = 8;  // blocks; more are not portable
 
 struct FetchShared {
   SharedSlot slot;
   uint32_t hits, hit_tokens, misses, missed_tokens;
-  bool damaged;
+  bool damaged;    // of what was looked up
+  bool misplaced;  // a slot leads outside the cache
   BlockSums<kThreads, 4> sums;
   // Of kThreads selected clusters at a time: where each one's attended rows, the first ones, begin
   // among all of these.
@@ -67,35 +56,6 @@ struct FetchShared {
   uint32_t room[2 * kInShared];  // keys and sizes while evicting, then the first free slots
 };
 constexpr uint32_t kHit = ~0u;  // in miss_of
-
-// The blocks that have one KV head. A block alone is not launched as a cluster.
-struct Team {
-  uint32_t blocks, rank;
-
-  __device__ bool first() const { return rank == 0; }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  // All threads of all blocks. What came before Arrive in one block comes before what follows Wait
-  // in the others.
-  __device__ void Arrive() const {
-    if (blocks > 1) cg::this_cluster().barrier_arrive();
-  }
-  __device__ void Wait() const {
-    if (blocks > 1) cg::this_cluster().barrier_wait();
-  }
-  // Another block's copy of a shared variable.
-  template <typename T>
-  __device__ T& Of(uint32_t block, T& shared) const {
-    return *cg::this_cluster().map_shared_rank(&shared, block);
-  }
-#else
-  __device__ void Arrive() const {}
-  __device__ void Wait() const {}
-  template <typename T>
-  __device__ T& Of(uint32_t /*block*/, T& shared) const {
-    return shared;
-  }
-#endif
-};
 
 // The last begin that is not above `row`; begins[0] = 0.
 __device__ uint32_t FindRun(const uint32_t* begins, uint32_t runs, uint32_t row) {
@@ -142,15 +102,13 @@ __device__ void AssignSlots(const DeviceState& state, size_t head, const MissedR
 // it and finish it.
 class Gather {
  public:
-  __device__ Gather(const DeviceState& state, size_t head, Team team, const MissedRows& missed,
+  __device__ Gather(const DeviceState& state, size_t head, const MissedRows& missed,
                     const FreeSlots& slots, std::byte* buffers, FetchShared& shared)
       : state_(state),
         head_(head),
         missed_(missed),
         slots_(slots),
         lane_(threadIdx.x / kCopyStride),
-        first_piece_(lane_ * team.blocks + team.rank),
-        lanes_(kCopyLanes * team.blocks),
         pieces_(threadIdx.x % kCopyStride == 0 ? missed.pieces : 0),
         buffers_(buffers + lane_ * kBuffers * kPieceBytes),
         shared_(shared) {}
@@ -159,7 +117,7 @@ class Gather {
   __device__ void Start() {
 #pragma unroll
     for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
-      const uint32_t piece = first_piece_ + buffer * lanes_;
+      const uint32_t piece = lane_ + buffer * kCopyLanes;
       if (piece < pieces_) Load(piece, buffer);
     }
   }
@@ -167,22 +125,22 @@ class Gather {
   // Without a barrier at the end.
   __device__ void Finish() {
     const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
-    for (uint32_t piece = first_piece_; piece < pieces_; piece += kBuffers * lanes_) {
+    for (uint32_t piece = lane_; piece < pieces_; piece += kBuffers * kCopyLanes) {
 #pragma unroll
       for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
-        if (piece + buffer * lanes_ >= pieces_) break;
+        if (piece + buffer * kCopyLanes >= pieces_) break;
         Wait(buffer);
         for (uint32_t r = 0; r < rows_[buffer]; ++r) {
           const uint32_t slot = slots_(first_row_[buffer] + r);
           if (slot >= state_.block().cache_tokens) {
-            shared_.damaged = true;
+            shared_.misplaced = true;
             continue;
           }
           StartBulkStore(state_.cache(head_, slot), buffers_ + buffer * kPieceBytes + r * row_bytes,
                          row_bytes);
         }
         CommitBulkStores();
-        const uint32_t next = piece + (kBuffers + buffer) * lanes_;
+        const uint32_t next = piece + (kBuffers + buffer) * kCopyLanes;
         if (next >= pieces_) continue;
         WaitBulkReads();
         Load(next, buffer);
@@ -216,9 +174,8 @@ class Gather {
   const size_t head_;
   const MissedRows& missed_;
   const FreeSlots& slots_;
-  const uint32_t lane_;                 // of those that copy, in this block
-  const uint32_t first_piece_, lanes_;  // of those of all blocks
-  const uint32_t pieces_;               // 0: this thread does not copy
+  const uint32_t lane_;    // of those that copy
+  const uint32_t pieces_;  // 0: this thread does not copy
   std::byte* const buffers_;
   FetchShared& shared_;
   uint32_t rows_[kBuffers], first_row_[kBuffers];  // of the pieces in the buffers
@@ -235,7 +192,7 @@ __device__ void PrepareGather(FetchShared& shared) {
 // By all warps, through registers.
 class Gather {
  public:
-  __device__ Gather(const DeviceState& state, size_t head, Team /*team*/, const MissedRows& missed,
+  __device__ Gather(const DeviceState& state, size_t head, const MissedRows& missed,
                     const FreeSlots& slots, std::byte* /*buffers*/, FetchShared& shared)
       : state_(state), head_(head), missed_(missed), slots_(slots), shared_(shared) {}
 
@@ -263,7 +220,7 @@ class Gather {
         if (word >= words) continue;
         const uint32_t slot = slots_(missed_.before + word / row_words);
         if (slot >= state_.block().cache_tokens) {
-          shared_.damaged = true;
+          shared_.misplaced = true;
           continue;
         }
         reinterpret_cast<uint4*>(state_.cache(head_, slot))[word % row_words] = values[i];
@@ -284,7 +241,7 @@ __device__ void PrepareGather(FetchShared& /*shared*/) {}
 #endif
 
 __global__ void __launch_bounds__(kThreads)
-    FetchKernel(const BatchTable* table, uint32_t layer, uint32_t team_blocks, uint32_t* fault) {
+    FetchKernel(const BatchTable* table, uint32_t layer, uint32_t* fault) {
   FollowPredecessor();
   extern __shared__ __align__(128) std::byte dynamic_shared[];
   std::byte* const buffers = dynamic_shared;
@@ -293,10 +250,9 @@ __global__ void __launch_bounds__(kThreads)
   const DeviceSlot* const slot = &shared.slot.slot;
   const DeviceState state(*slot);
   const StateBlock& block = state.block();
-  const Team team = {.blocks = team_blocks, .rank = blockIdx.x % team_blocks};
-  const uint32_t kv_head = blockIdx.x / team_blocks;
+  const uint32_t kv_head = blockIdx.x;
   const size_t head = HeadIndex(block, layer, kv_head);
-  const size_t item = size_t{blockIdx.y} * (gridDim.x / team_blocks) + kv_head;
+  const size_t item = size_t{blockIdx.y} * gridDim.x + kv_head;
   const uint32_t clusters =
       min(state.VisibleClusters(head, shared.slot.latch.segments), table->scratch.clusters);
   const uint32_t step = shared.slot.latch.step;
@@ -312,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint2 chunks_of = table->scratch.chunk_steps[blockIdx.y];
   if (threadIdx.x == 0) {
     shared.hits = shared.hit_tokens = shared.misses = shared.missed_tokens = 0;
-    shared.damaged = shared.evict.damaged = false;
+    shared.damaged = shared.misplaced = shared.evict.damaged = false;
     shared.evict.freed = state.free_count(head);
   }
   PrepareGather(shared);
@@ -340,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const uint32_t tokens = state.ClusterTokens(entry);
     if (!missed) {
-      if (team.first()) last_used[cluster] = step;  // not 0 before: no block takes it for a miss
+      last_used[cluster] = step;
       ++hits, hit_tokens += tokens;
     } else {
       ++misses, missed_tokens += tokens;
@@ -352,7 +308,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const uint32_t needed = shared.missed_tokens;
   if (shared.damaged || shared.evict.freed > block.cache_tokens || needed > block.cache_tokens) {
-    if (team.first() && threadIdx.x == 0) {
+    if (threadIdx.x == 0) {
       state.slot_count(kv_head) = 0;
       Report(fault, KernelFault::kDamagedState, layer);
     }
@@ -365,21 +321,11 @@ __global__ void __launch_bounds__(kThreads)
     auto* const keys =
         in_shared ? shared.room
                   : reinterpret_cast<uint32_t*>(scratch.scores + item * scratch.score_stride);
-    team.Arrive();
-    team.Wait();  // all have looked up
-    if (team.first()) {
-      Evict<kThreads>(state, head, clusters, needed - shared.evict.freed, step, keys,
-                      in_shared ? shared.room + kInShared : keys + scratch.clusters,
-                      scratch.chosen + item * scratch.chosen_stride, shared.evict);
-      if (threadIdx.x > 0 && threadIdx.x < team.blocks) {
-        team.Of(threadIdx.x, shared.evict.freed) = shared.evict.freed;
-        team.Of(threadIdx.x, shared.evict.damaged) = shared.evict.damaged;
-      }
-    }
-    team.Arrive();
-    team.Wait();
+    Evict<kThreads>(state, head, clusters, needed - shared.evict.freed, step, keys,
+                    in_shared ? shared.room + kInShared : keys + scratch.clusters,
+                    scratch.chosen + item * scratch.chosen_stride, shared.evict);
     if (shared.evict.damaged || shared.evict.freed < needed) {
-      if (team.first() && threadIdx.x == 0) {
+      if (threadIdx.x == 0) {
         state.slot_count(kv_head) = 0;
         Report(fault, KernelFault::kDamagedState, layer);
       }
@@ -405,7 +351,6 @@ __global__ void __launch_bounds__(kThreads)
       look_up();
     }
     if (i >= count) missed = false;
-    team.Arrive();
     const uint32_t tokens = i < count ? state.ClusterTokens(entry) : 0;
     const uint32_t used = min(min(attended, tokens), block.budget_tokens);
     uint32_t totals[4], before[4] = {used, missed ? tokens : 0, missed ? 1u : 0u,
@@ -436,33 +381,30 @@ __global__ void __launch_bounds__(kThreads)
     if (shared.damaged) break;
     const MissedRows rows = {
         .misses = totals[2], .rows = totals[1], .pieces = totals[3], .before = missed_begin};
-    Gather gather(state, head, team, rows, slots, buffers, shared);
+    Gather gather(state, head, rows, slots, buffers, shared);
     gather.Start();
-    if (team.first()) {
-      AssignSlots(state, head, rows, slots, shared);
-      const uint32_t listed = min(kThreads, count - begin);
-      const uint32_t room = block.budget_tokens - min(table_begin, block.budget_tokens);
+    AssignSlots(state, head, rows, slots, shared);
+    const uint32_t listed = min(kThreads, count - begin);
+    const uint32_t room = block.budget_tokens - min(table_begin, block.budget_tokens);
 #pragma unroll 4
-      for (uint32_t row = threadIdx.x; row < min(totals[0], room); row += kThreads) {
-        const uint32_t j = FindRun(shared.table_begin, listed, row);
-        const uint32_t offset = row - shared.table_begin[j], miss = shared.miss_of[j];
-        const uint32_t cache_slot = miss == kHit
-                                        ? state.slot_of_row(head)[shared.first_row[j] + offset]
-                                        : slots(missed_begin + shared.miss_begin[miss] + offset);
-        if (cache_slot >= block.cache_tokens) shared.damaged = true;
-        slot_table[table_begin + row] = cache_slot;
-      }
+    for (uint32_t row = threadIdx.x; row < min(totals[0], room); row += kThreads) {
+      const uint32_t j = FindRun(shared.table_begin, listed, row);
+      const uint32_t offset = row - shared.table_begin[j], miss = shared.miss_of[j];
+      const uint32_t cache_slot = miss == kHit
+                                      ? state.slot_of_row(head)[shared.first_row[j] + offset]
+                                      : slots(missed_begin + shared.miss_begin[miss] + offset);
+      if (cache_slot >= block.cache_tokens) shared.misplaced = true;
+      slot_table[table_begin + row] = cache_slot;
     }
     gather.Finish();
-    team.Wait();  // all have looked up
     __syncthreads();
-    if (shared.damaged) break;
-    if (team.first() && missed) last_used[cluster] = step;
+    if (shared.misplaced) break;
+    if (missed) last_used[cluster] = step;
     table_begin += totals[0];
     missed_begin += totals[1];
   }
-  if (!team.first() || threadIdx.x != 0) return;
-  if (shared.damaged) {
+  if (threadIdx.x != 0) return;
+  if (shared.damaged || shared.misplaced) {
     state.free_count(head) = free - missed_begin;
     state.slot_count(kv_head) = 0;
     Report(fault, KernelFault::kDamagedState, layer);
@@ -484,18 +426,13 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchFetch(const BatchShape& shape, uint32_t layer, cudaStream_t stream) {
-  uint32_t team = 1;
-  const uint32_t heads = shape.kv_heads * shape.count;
-  while (shape.overlap && team < kMostTeam && 2 * team * heads * kCopyBytes <= kMostInFlight) {
-    team *= 2;
-  }
-  const dim3 grid(team * shape.kv_heads, shape.count);
+  const dim3 grid(shape.kv_heads, shape.count);
   constexpr int kBytes = kCopyBytes + sizeof(FetchShared);
   const cudaError_t sized =
       cudaFuncSetAttribute(FetchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (sized != cudaSuccess) return sized;
-  return LaunchOverlapped(shape.overlap, team, FetchKernel, grid, kThreads, kBytes, stream,
-                          shape.table, layer, team, shape.fault);
+  return LaunchOverlapped(shape.overlap, FetchKernel, grid, kThreads, kBytes, stream, shape.table,
+                          layer, shape.fault);
 }
 
 }  // namespace clusterkv::gpu::cuda
