@@ -78,6 +78,16 @@ __device__ void StartGroupQueries(const QueryLaunch& queries, uint32_t slot, uin
   CommitCopies();
 }
 
+// Tiles of a warp, in turn: `index`, then every step-th below `end`.
+struct TileRun {
+  uint32_t index, step, end;
+
+  __device__ bool more() const { return index < end; }
+  __device__ void Advance() { index += step; }
+  // Of the first tile: K and V are not to be on their way at once.
+  __device__ static constexpr bool sparing() { return false; }
+};
+
 template <typename Storage, int kHeadDim>
 class WarpAttention {
  public:
@@ -87,43 +97,42 @@ class WarpAttention {
   float largest[2] = {-INFINITY, -INFINITY};
   float sums[2] = {0.0f, 0.0f};
 
-  // Tiles first, first + step, ... below `tiles`. place(index) finds row `index` of all, on the
-  // lane that holds it. All lanes of the warp. `nowhere`: 16 readable bytes of device memory.
-  template <typename Place>
-  __device__ void Attend(uint32_t first, uint32_t step, uint32_t tiles, const Place& place,
-                         const TileRows<kHeadDim>& queries, float scale, const std::byte* nowhere,
-                         Tile<kHeadDim>& tile) {
+  // tiles: a TileRun, or one like it. place(index) finds row `index` of all, on the lane that holds
+  // it. All lanes of the warp. `nowhere`: 16 readable bytes of device memory.
+  template <typename Tiles, typename Place>
+  __device__ void Attend(Tiles tiles, const Place& place, const TileRows<kHeadDim>& queries,
+                         float scale, const std::byte* nowhere, Tile<kHeadDim>& tile) {
     const uint32_t row_lane = threadIdx.x % kTileRows;
-    if (first >= tiles) return;
-    TileRow row = place(first * kTileRows + row_lane);
+    if (!tiles.more()) return;
+    TileRow row = place(tiles.index * kTileRows + row_lane);
+    bool sparing = tiles.sparing();
     Load(row.key, nowhere, tile.keys);
-    Load(row.value, nowhere, tile.values);
-    for (uint32_t index = first; index < tiles; index += step) {
-      const bool more = index + step < tiles;
+    if (!sparing) Load(row.value, nowhere, tile.values);
+    for (bool more = true; more;) {
+      tiles.Advance();
+      more = tiles.more();
       TileRow next;
-      if (more) next = place((index + step) * kTileRows + row_lane);
-      WaitCopies<1>();  // the keys
+      if (more) next = place(tiles.index * kTileRows + row_lane);
+      WaitFirst(sparing);  // the keys
       __syncwarp();
       float weights[2][4] = {};
       Logits(tile.keys, queries, scale, row.bias, weights);
       Keep(tile.keys, row.kept, 0);
       __syncwarp();
-      if (more) {
-        Load(next.key, nowhere, tile.keys);
+      if (sparing) {
+        Load(row.value, nowhere, tile.values);
       } else {
-        CommitCopies();
+        LoadNext(more, next.key, nowhere, tile.keys);
       }
       Exponentials(weights);
-      WaitCopies<1>();  // the values
+      WaitFirst(sparing);  // the values
       __syncwarp();
       Weigh(tile.values, weights);
       Keep(tile.values, row.kept, kHeadDim * 2);
       __syncwarp();
-      if (more) {
-        Load(next.value, nowhere, tile.values);
-      } else {
-        CommitCopies();
-      }
+      if (sparing) LoadNext(more, next.key, nowhere, tile.keys);
+      LoadNext(more, next.value, nowhere, tile.values);
+      sparing = false;
       row = next;
     }
     WaitCopies<0>();
@@ -147,6 +156,24 @@ class WarpAttention {
                   from == nullptr ? nowhere : from + 16 * chunk, from != nullptr);
     }
     CommitCopies();
+  }
+
+  static __device__ void LoadNext(bool more, const std::byte* row, const std::byte* nowhere,
+                                  TileRows<kHeadDim>& rows) {
+    if (more) {
+      Load(row, nowhere, rows);
+    } else {
+      CommitCopies();
+    }
+  }
+
+  // What was loaded first of what is on its way.
+  static __device__ void WaitFirst(bool sparing) {
+    if (sparing) {
+      WaitCopies<0>();
+    } else {
+      WaitCopies<1>();
+    }
   }
 
   // Rows that came from the host store go on to their cache slots.

@@ -9,10 +9,10 @@
 //                 which come from the host store into the tile and go on to their slots
 //                 partial outputs ─► the blocks that own the elements ─► output, log-sum-exp
 //
-// What passes between the blocks lies in their shared memory. Resident rows come first, so that
-// the misses are on their way over PCIe while other warps attend. The outcome is that of Select,
-// Fetch and Attend, but the slot table, which stays empty. Cost: the bytes of centroids and rows;
-// at batch 1 the latency of four barriers and about six dependent reads of device memory.
+// What passes between the blocks lies in their shared memory. Some of the missed rows are on their
+// way over PCIe while other warps attend to the resident ones (LayerTiles). The outcome is that of
+// Select, Fetch and Attend, but the slot table, which stays empty. Cost: the bytes of centroids and
+// rows; at batch 1 the latency of four barriers and about six dependent reads of device memory.
 #include <algorithm>
 
 #include "gpu/cuda/kernels/centroid_scores.cuh"
@@ -151,10 +151,27 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
                               .sinks = min(block.sink_tokens, shared.slot.latch.length),
                               .estimates = block.estimate != 0 ? clusters : 0,
                               .window = FindWindow(block, shared.slot.latch)};
-    attention.Attend(rank + threadIdx.x / 32 * gridDim.x, kWarps * gridDim.x,
-                     (finder.rows() + kTileRows - 1) / kTileRows, finder, shared.queries, scale,
-                     reinterpret_cast<const std::byte*>(&state.header()),
-                     reinterpret_cast<Tile<kHeadDim>*>(area)[threadIdx.x / 32]);
+    const uint32_t warp = threadIdx.x / 32;
+    const uint32_t near_tiles = (finder.near_rows() + kTileRows - 1) / kTileRows;
+    const uint32_t missed_tiles = (finder.missed_rows() + kTileRows - 1) / kTileRows;
+    const auto* const nowhere = reinterpret_cast<const std::byte*>(&state.header());
+    auto& tile = reinterpret_cast<Tile<kHeadDim>*>(area)[warp];
+    if (missed_tiles == 0) {
+      attention.Attend(TileRun{rank + warp * gridDim.x, kWarps * gridDim.x, near_tiles}, finder,
+                       shared.queries, scale, nowhere, tile);
+    } else {
+      const LayerTiles tiles(near_tiles, missed_tiles, gridDim.x, rank,
+                             gridDim.x * gridDim.y * gridDim.z, state.row_bytes());
+      // The last near tile need not be full.
+      const uint32_t near_rows = finder.near_rows(), missed_begin = near_tiles * kTileRows;
+      attention.Attend(
+          tiles,
+          [&](uint32_t index) {
+            if (index >= missed_begin) return finder(near_rows + index - missed_begin);
+            return index < near_rows ? finder(index) : TileRow{};
+          },
+          shared.queries, scale, nowhere, tile);
+    }
   }
   auto* const outputs = reinterpret_cast<float*>(area);
   ShareOutputs(attention, group, outputs, shared.sums);

@@ -97,6 +97,7 @@ __device__ LayerPlan Choose(const DeviceState& state, uint32_t layer, uint32_t k
   if (sound) {
     const uint32_t resident = hit_tokens - (shared.trimmed_missed ? 0 : shared.trimmed);
     plan.listed = min(budget, hit_tokens + missed_tokens);
+    plan.resident = min(plan.listed, resident);
     plan.free_top = shared.evict.freed;
     if (shared.trimmed_missed) {
       plan.rest = shared.trimmed;
@@ -151,9 +152,9 @@ struct RowFinder {
   uint32_t layer, sinks, estimates;
   WindowRows window;
 
-  __device__ uint32_t rows() const {
-    return sinks + window.count + estimates + plan.listed + plan.rest;
-  }
+  // Those in device memory.
+  __device__ uint32_t near_rows() const { return sinks + window.count + estimates + plan.resident; }
+  __device__ uint32_t missed_rows() const { return plan.listed - plan.resident + plan.rest; }
   __device__ TileRow operator()(uint32_t index) const {
     if (index < sinks) return ExactRow(state, state.sink(head, index));
     if ((index -= sinks) < window.count) {

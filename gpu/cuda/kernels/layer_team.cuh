@@ -23,6 +23,7 @@ constexpr uint32_t kMostBlocks = 16;  // of a team; more than 8 are not portable
 struct LayerPlan {
   uint32_t stale;   // 1: the state is not this slot's
   uint32_t listed;  // rows on the list: the resident ones, then the missed ones
+  uint32_t resident;
   // Rows of the last missed cluster that are not attended, but kept.
   uint32_t rest, rest_offset, rest_miss;
   uint32_t free_top;  // free slots before the misses take theirs
@@ -74,6 +75,51 @@ struct Choice {
   bool in_shared;  // keys, weights and rows: else in device memory
   // [clusters]; rows: first row, with the top bit if it is not resident.
   uint32_t *keys, *weights, *rows;
+};
+
+// Tiles of a warp where rows are missed. Near ones, of rows in device memory, come before the
+// missed ones. The last warp of each block has one missed tile first, so that the link is busy
+// while the others attend to the near ones; then all share the other missed ones.
+//
+// Not more of them at first: from about 2 MiB on their way over PCIe on, all other reads of device
+// memory wait until these are there (on an H100). 1 MiB do no harm, and 256 KiB fill the link.
+struct LayerTiles {
+  static constexpr uint32_t kMostInFlight = 1 << 20;  // bytes, of all blocks
+
+  uint32_t index, step, end;
+  uint32_t late, late_step, late_end;
+  bool spare;
+
+  // blocks: of the team; rank: this one. all_blocks: of the launch.
+  __device__ LayerTiles(uint32_t near, uint32_t missed, uint32_t blocks, uint32_t rank,
+                        uint32_t all_blocks, size_t row_bytes) {
+    const uint32_t warp = threadIdx.x / 32, all = near + missed;
+    const bool early = warp == kWarps - 1;
+    spare = early && all_blocks * kTileRows * row_bytes > kMostInFlight;
+    index = early ? near + rank : rank + warp * blocks;
+    step = early ? all : (kWarps - 1) * blocks;
+    end = early ? all : near;
+    late = near + blocks + rank + warp * blocks;
+    late_step = kWarps * blocks;
+    late_end = all;
+    if (index >= end) GoOn();
+  }
+
+  __device__ bool more() const { return index < end; }
+  __device__ bool sparing() const { return spare; }
+  __device__ void Advance() {
+    index += step;
+    if (index >= end) GoOn();
+  }
+
+ private:
+  __device__ void GoOn() {
+    spare = false;
+    index = late;
+    step = late_step;
+    end = late_end;
+    late = late_end;
+  }
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
