@@ -86,39 +86,34 @@ struct Choice {
 struct LayerTiles {
   static constexpr uint32_t kMostInFlight = 1 << 20;  // bytes, of all blocks
 
-  uint32_t index, step, end;
-  uint32_t late, late_step, late_end;
-  bool spare;
+  uint32_t index;
+  const uint32_t near, all;
+  bool late, spare;
 
-  // blocks: of the team; rank: this one. all_blocks: of the launch.
-  __device__ LayerTiles(uint32_t near, uint32_t missed, uint32_t blocks, uint32_t rank,
-                        uint32_t all_blocks, size_t row_bytes) {
-    const uint32_t warp = threadIdx.x / 32, all = near + missed;
-    const bool early = warp == kWarps - 1;
-    spare = early && all_blocks * kTileRows * row_bytes > kMostInFlight;
-    index = early ? near + rank : rank + warp * blocks;
-    step = early ? all : (kWarps - 1) * blocks;
-    end = early ? all : near;
-    late = near + blocks + rank + warp * blocks;
-    late_step = kWarps * blocks;
-    late_end = all;
-    if (index >= end) GoOn();
+  __device__ LayerTiles(uint32_t near_tiles, uint32_t missed_tiles, size_t row_bytes)
+      : index(early() ? near_tiles + blockIdx.x : blockIdx.x + warp() * gridDim.x),
+        near(near_tiles),
+        all(near_tiles + missed_tiles),
+        late(false),
+        spare(early() &&
+              gridDim.x * gridDim.y * gridDim.z * kTileRows * row_bytes > kMostInFlight) {
+    if (index >= (early() ? all : near)) GoOn();
   }
 
-  __device__ bool more() const { return index < end; }
+  __device__ bool more() const { return index < all; }
   __device__ bool sparing() const { return spare; }
   __device__ void Advance() {
-    index += step;
-    if (index >= end) GoOn();
+    index += (late ? kWarps : kWarps - 1) * gridDim.x;
+    if (!late && (early() || index >= near)) GoOn();
   }
 
  private:
+  static __device__ uint32_t warp() { return threadIdx.x / 32; }
+  static __device__ bool early() { return warp() == kWarps - 1; }
   __device__ void GoOn() {
+    late = true;
     spare = false;
-    index = late;
-    step = late_step;
-    end = late_end;
-    late = late_end;
+    index = near + (1 + warp()) * gridDim.x + blockIdx.x;
   }
 };
 
