@@ -81,8 +81,8 @@ struct Choice {
 // missed ones. The last warp of each block has one missed tile first, so that the link is busy
 // while the others attend to the near ones; then all share the other missed ones.
 //
-// Not more of them at first: from about 2 MiB on their way over PCIe on, all other reads of device
-// memory wait until these are there (on an H100). 1 MiB do no harm, and 256 KiB fill the link.
+// Not more of them at first: beyond some 1 to 2 MiB on their way over PCIe, all other reads of device
+// memory wait until these are there; 256 KiB fill the link (tests/gpu/cuda/link_benchmark.cu).
 struct LayerTiles {
   static constexpr uint32_t kMostInFlight = 1 << 20;  // bytes, of all blocks
 
