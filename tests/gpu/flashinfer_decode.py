@@ -2,7 +2,7 @@
 
     flashinfer_decode.py [--shapes CONTEXT:BATCH,...] [--layouts NHD,HND] [--variants NAME,...]
 
-Needs PyTorch and FlashInfer only; exit code 3 if FlashInfer cannot be imported. A layer of
+Needs PyTorch and FlashInfer only; exit code 3 if they cannot be imported. A layer of
 Llama-3.1-8B in bf16: 32 query heads, 8 KV heads of 128. K and V lie in pages of 16 tokens, which
 every sequence has in random order. A CUDA graph attends over the KV of several layers one after the
 other, more than L2 holds; a layer's time is the graph's by CUDA events, divided by their number.
@@ -21,13 +21,12 @@ import statistics
 import sys
 from typing import NamedTuple
 
-import torch
-
 try:
     import flashinfer
+    import torch
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 except (ImportError, OSError) as reason:
-    print(f"flashinfer cannot be imported: {reason}", file=sys.stderr)
+    print(f"FlashInfer cannot be imported: {reason}", file=sys.stderr)
     sys.exit(3)
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
