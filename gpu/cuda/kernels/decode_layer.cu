@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
   if (rank == 0 && threadIdx.x == 0 && entry == Entry::kCurrent) {
     shared.evict.freed = state.free_count(head);
   }
+  if (rank == 0 && threadIdx.x == 32) shared.chunks_of = scratch.chunk_steps[blockIdx.z];
   const uint32_t budget = min(launch_budget, block.budget_tokens);
   const uint32_t share = (clusters + gridDim.x - 1) / gridDim.x;
   const uint32_t begin = min(clusters, rank * share);

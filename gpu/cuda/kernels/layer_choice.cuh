@@ -72,9 +72,8 @@ __device__ LayerPlan Choose(const DeviceState& state, uint32_t layer, uint32_t k
       continue;
     }
     const ClusterEntry entry = entries[cluster];
-    const std::byte* const chunk =
-        FindChunk(shared.slot.slot, shared.slot.latch, scratch, blockIdx.z,
-                  scratch.chunk_steps[blockIdx.z], entry.chunk);
+    const std::byte* const chunk = FindChunk(shared.slot.slot, shared.slot.latch, scratch,
+                                             blockIdx.z, shared.chunks_of, entry.chunk);
     if (chunk == nullptr) {
       Report(fault, KernelFault::kChunkNotMapped, entry.chunk);
       shared.damaged = true;

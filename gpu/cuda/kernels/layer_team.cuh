@@ -41,6 +41,7 @@ struct LayerShared {
   LayerPlan plan;
   SharedSlot slot;
   // Of the first block.
+  uint2 chunks_of;  // the scratch's chunk_steps of the slot
   EvictShared<kThreads> evict;
   BlockSums<kThreads, 3> chosen_sums;
   uint32_t trimmed;  // rows of the last chosen cluster that the budget leaves out
