@@ -84,8 +84,6 @@ struct TileRun {
 
   __device__ bool more() const { return index < end; }
   __device__ void Advance() { index += step; }
-  // Of the first tile: K and V are not to be on their way at once.
-  __device__ static constexpr bool sparing() { return false; }
 };
 
 template <typename Storage, int kHeadDim>
@@ -105,34 +103,35 @@ class WarpAttention {
     const uint32_t row_lane = threadIdx.x % kTileRows;
     if (!tiles.more()) return;
     TileRow row = place(tiles.index * kTileRows + row_lane);
-    bool sparing = tiles.sparing();
     Load(row.key, nowhere, tile.keys);
-    if (!sparing) Load(row.value, nowhere, tile.values);
+    Load(row.value, nowhere, tile.values);
     for (bool more = true; more;) {
       tiles.Advance();
       more = tiles.more();
       TileRow next;
       if (more) next = place(tiles.index * kTileRows + row_lane);
-      WaitFirst(sparing);  // the keys
+      WaitCopies<1>();  // the keys
       __syncwarp();
       float weights[2][4] = {};
       Logits(tile.keys, queries, scale, row.bias, weights);
       Keep(tile.keys, row.kept, 0);
       __syncwarp();
-      if (sparing) {
-        Load(row.value, nowhere, tile.values);
+      if (more) {
+        Load(next.key, nowhere, tile.keys);
       } else {
-        LoadNext(more, next.key, nowhere, tile.keys);
+        CommitCopies();
       }
       Exponentials(weights);
-      WaitFirst(sparing);  // the values
+      WaitCopies<1>();  // the values
       __syncwarp();
       Weigh(tile.values, weights);
       Keep(tile.values, row.kept, kHeadDim * 2);
       __syncwarp();
-      if (sparing) LoadNext(more, next.key, nowhere, tile.keys);
-      LoadNext(more, next.value, nowhere, tile.values);
-      sparing = false;
+      if (more) {
+        Load(next.value, nowhere, tile.values);
+      } else {
+        CommitCopies();
+      }
       row = next;
     }
     WaitCopies<0>();
@@ -156,24 +155,6 @@ class WarpAttention {
                   from == nullptr ? nowhere : from + 16 * chunk, from != nullptr);
     }
     CommitCopies();
-  }
-
-  static __device__ void LoadNext(bool more, const std::byte* row, const std::byte* nowhere,
-                                  TileRows<kHeadDim>& rows) {
-    if (more) {
-      Load(row, nowhere, rows);
-    } else {
-      CommitCopies();
-    }
-  }
-
-  // What was loaded first of what is on its way.
-  static __device__ void WaitFirst(bool sparing) {
-    if (sparing) {
-      WaitCopies<0>();
-    } else {
-      WaitCopies<1>();
-    }
   }
 
   // Rows that came from the host store go on to their cache slots.

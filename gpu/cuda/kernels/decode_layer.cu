@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
       attention.Attend(TileRun{rank + warp * gridDim.x, kWarps * gridDim.x, near_tiles}, finder,
                        shared.queries, scale, nowhere, tile);
     } else {
-      const LayerTiles tiles(near_tiles, missed_tiles, state.row_bytes());
+      const LayerTiles tiles(near_tiles, missed_tiles);
       // The last near tile need not be full.
       const uint32_t near_rows = finder.near_rows(), missed_begin = near_tiles * kTileRows;
       attention.Attend(

@@ -82,27 +82,22 @@ struct Choice {
 // missed ones. The last warp of each block has one missed tile first, so that the link is busy
 // while the others attend to the near ones; then all share the other missed ones.
 //
-// Not more of them at first: beyond some 1 to 2 MiB on their way over PCIe, all other reads of device
+// Not more of them at first: beyond 1 to 2 MiB on their way over PCIe, all other reads of device
 // memory wait until these are there; 256 KiB fill the link (tests/gpu/cuda/link_benchmark.cu).
 struct LayerTiles {
-  static constexpr uint32_t kMostInFlight = 1 << 20;  // bytes, of all blocks
-
   uint32_t index;
   const uint32_t near, all;
-  bool late, spare;
+  bool late;
 
-  __device__ LayerTiles(uint32_t near_tiles, uint32_t missed_tiles, size_t row_bytes)
+  __device__ LayerTiles(uint32_t near_tiles, uint32_t missed_tiles)
       : index(early() ? near_tiles + blockIdx.x : blockIdx.x + warp() * gridDim.x),
         near(near_tiles),
         all(near_tiles + missed_tiles),
-        late(false),
-        spare(early() &&
-              gridDim.x * gridDim.y * gridDim.z * kTileRows * row_bytes > kMostInFlight) {
+        late(false) {
     if (index >= (early() ? all : near)) GoOn();
   }
 
   __device__ bool more() const { return index < all; }
-  __device__ bool sparing() const { return spare; }
   __device__ void Advance() {
     index += (late ? kWarps : kWarps - 1) * gridDim.x;
     if (!late && (early() || index >= near)) GoOn();
@@ -113,7 +108,6 @@ struct LayerTiles {
   static __device__ bool early() { return warp() == kWarps - 1; }
   __device__ void GoOn() {
     late = true;
-    spare = false;
     index = near + (1 + warp()) * gridDim.x + blockIdx.x;
   }
 };
