@@ -152,26 +152,9 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
                               .sinks = min(block.sink_tokens, shared.slot.latch.length),
                               .estimates = block.estimate != 0 ? clusters : 0,
                               .window = FindWindow(block, shared.slot.latch)};
-    const uint32_t warp = threadIdx.x / 32;
-    const uint32_t near_tiles = (finder.near_rows() + kTileRows - 1) / kTileRows;
-    const uint32_t missed_tiles = (finder.missed_rows() + kTileRows - 1) / kTileRows;
-    const auto* const nowhere = reinterpret_cast<const std::byte*>(&state.header());
-    auto& tile = reinterpret_cast<Tile<kHeadDim>*>(area)[warp];
-    if (missed_tiles == 0) {
-      attention.Attend(TileRun{rank + warp * gridDim.x, kWarps * gridDim.x, near_tiles}, finder,
-                       shared.queries, scale, nowhere, tile);
-    } else {
-      const LayerTiles tiles(near_tiles, missed_tiles);
-      // The last near tile need not be full.
-      const uint32_t near_rows = finder.near_rows(), missed_begin = near_tiles * kTileRows;
-      attention.Attend(
-          tiles,
-          [&](uint32_t index) {
-            if (index >= missed_begin) return finder(near_rows + index - missed_begin);
-            return index < near_rows ? finder(index) : TileRow{};
-          },
-          shared.queries, scale, nowhere, tile);
-    }
+    attention.Attend(LayerTiles(finder), finder, shared.queries, scale,
+                     reinterpret_cast<const std::byte*>(&state.header()),
+                     reinterpret_cast<Tile<kHeadDim>*>(area)[threadIdx.x / 32]);
   }
   auto* const outputs = reinterpret_cast<float*>(area);
   ShareOutputs(attention, group, outputs, shared.sums);

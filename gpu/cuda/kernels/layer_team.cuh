@@ -78,40 +78,6 @@ struct Choice {
   uint32_t *keys, *weights, *rows;
 };
 
-// Tiles of a warp where rows are missed. Near ones, of rows in device memory, come before the
-// missed ones. The last warp of each block has one missed tile first, so that the link is busy
-// while the others attend to the near ones; then all share the other missed ones.
-//
-// Not more of them at first: beyond 1 to 2 MiB on their way over PCIe, all other reads of device
-// memory wait until these are there; 256 KiB fill the link (tests/gpu/cuda/link_benchmark.cu).
-struct LayerTiles {
-  uint32_t index;
-  const uint32_t near, all;
-  bool late;
-
-  __device__ LayerTiles(uint32_t near_tiles, uint32_t missed_tiles)
-      : index(early() ? near_tiles + blockIdx.x : blockIdx.x + warp() * gridDim.x),
-        near(near_tiles),
-        all(near_tiles + missed_tiles),
-        late(false) {
-    if (index >= (early() ? all : near)) GoOn();
-  }
-
-  __device__ bool more() const { return index < all; }
-  __device__ void Advance() {
-    index += (late ? kWarps : kWarps - 1) * gridDim.x;
-    if (!late && (early() || index >= near)) GoOn();
-  }
-
- private:
-  static __device__ uint32_t warp() { return threadIdx.x / 32; }
-  static __device__ bool early() { return warp() == kWarps - 1; }
-  __device__ void GoOn() {
-    late = true;
-    index = near + (1 + warp()) * gridDim.x + blockIdx.x;
-  }
-};
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // An entry of the list: a row of the row space, or a row of a missed cluster.

@@ -121,7 +121,7 @@ int Run() {
   Require(cudaMalloc(&memory, kMemoryBytes), "cudaMalloc");
   Require(cudaMemset(memory, 1, kMemoryBytes), "cudaMemset");
   Require(cudaMalloc(&sink, kThreads * sizeof(uint4)), "cudaMalloc");
-  Require(cudaMallocManaged(&times, blocks * sizeof(Times)), "cudaMallocManaged");
+  Require(cudaMalloc(&times, blocks * sizeof(Times)), "cudaMalloc");
   Require(cudaFuncSetAttribute(ReadBoth, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
           "cudaFuncSetAttribute");
   std::printf("%s, %u blocks\n%10s %12s %12s\n", device.name, blocks, "KiB", "link GB/s",
@@ -140,11 +140,13 @@ int Run() {
           memory + launch % places * kDeviceBytes / sizeof(uint4), kDeviceBytes / sizeof(uint4),
           sink, times);
       Require(cudaGetLastError(), "ReadBoth");
-      Require(cudaDeviceSynchronize(), "ReadBoth");
+      std::vector<Times> took(blocks);
+      Require(cudaMemcpy(took.data(), times, blocks * sizeof(Times), cudaMemcpyDeviceToHost),
+              "ReadBoth");
       Times most = {};
-      for (uint32_t b = 0; b < blocks; ++b) {
-        most.link = std::max(most.link, times[b].link);
-        most.memory = std::max(most.memory, times[b].memory);
+      for (const Times& block : took) {
+        most.link = std::max(most.link, block.link);
+        most.memory = std::max(most.memory, block.memory);
       }
       link.push_back(static_cast<double>(uint64_t{pieces} * piece_bytes * blocks) /
                      static_cast<double>(most.link));
