@@ -4,7 +4,7 @@ set(CLUSTERKV_BUNDLE_TESTS "")
 if(CLUSTERKV_CUDA AND CLUSTERKV_BUILD_TESTS)
   set(CLUSTERKV_BUNDLE_TESTS
     c_graph_test cuda_conformance_test cuda_device_test cuda_graph_test kmeans_kernel_benchmark
-    latch_litmus property_test)
+    latch_litmus link_benchmark property_test)
 endif()
 # As installed, so also as bundled: CMake would pad the build's own with an empty element, which to the
 # loader is the current directory.

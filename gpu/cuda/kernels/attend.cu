@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
   const uint32_t* const taken = scratch.taken + item * scratch.clusters;
   WarpAttention<Storage, kHeadDim> attention;
   attention.Attend(
-      blockIdx.x + threadIdx.x / 32 * parts, kWarps * parts, tiles,
+      TileRun{blockIdx.x + threadIdx.x / 32 * parts, kWarps * parts, tiles},
       [&](uint32_t index) { return PlaceRow(state, plan, head, kv_head, taken, index); },
       shared.queries, state.block().softmax_scale * kLog2E,
       reinterpret_cast<const std::byte*>(&state.header()), shared.tiles[threadIdx.x / 32]);

@@ -78,6 +78,14 @@ __device__ void StartGroupQueries(const QueryLaunch& queries, uint32_t slot, uin
   CommitCopies();
 }
 
+// Tiles of a warp, in turn: `index`, then every step-th below `end`.
+struct TileRun {
+  uint32_t index, step, end;
+
+  __device__ bool more() const { return index < end; }
+  __device__ void Advance() { index += step; }
+};
+
 template <typename Storage, int kHeadDim>
 class WarpAttention {
  public:
@@ -87,21 +95,21 @@ class WarpAttention {
   float largest[2] = {-INFINITY, -INFINITY};
   float sums[2] = {0.0f, 0.0f};
 
-  // Tiles first, first + step, ... below `tiles`. place(index) finds row `index` of all, on the
-  // lane that holds it. All lanes of the warp. `nowhere`: 16 readable bytes of device memory.
-  template <typename Place>
-  __device__ void Attend(uint32_t first, uint32_t step, uint32_t tiles, const Place& place,
-                         const TileRows<kHeadDim>& queries, float scale, const std::byte* nowhere,
-                         Tile<kHeadDim>& tile) {
+  // tiles: a TileRun, or one like it. place(index) finds row `index` of all, on the lane that holds
+  // it. All lanes of the warp. `nowhere`: 16 readable bytes of device memory.
+  template <typename Tiles, typename Place>
+  __device__ void Attend(Tiles tiles, const Place& place, const TileRows<kHeadDim>& queries,
+                         float scale, const std::byte* nowhere, Tile<kHeadDim>& tile) {
     const uint32_t row_lane = threadIdx.x % kTileRows;
-    if (first >= tiles) return;
-    TileRow row = place(first * kTileRows + row_lane);
+    if (!tiles.more()) return;
+    TileRow row = place(tiles.index * kTileRows + row_lane);
     Load(row.key, nowhere, tile.keys);
     Load(row.value, nowhere, tile.values);
-    for (uint32_t index = first; index < tiles; index += step) {
-      const bool more = index + step < tiles;
+    for (bool more = true; more;) {
+      tiles.Advance();
+      more = tiles.more();
       TileRow next;
-      if (more) next = place((index + step) * kTileRows + row_lane);
+      if (more) next = place(tiles.index * kTileRows + row_lane);
       WaitCopies<1>();  // the keys
       __syncwarp();
       float weights[2][4] = {};

@@ -9,10 +9,10 @@
 //                 which come from the host store into the tile and go on to their slots
 //                 partial outputs ─► the blocks that own the elements ─► output, log-sum-exp
 //
-// What passes between the blocks lies in their shared memory. Resident rows come first, so that
-// the misses are on their way over PCIe while other warps attend. The outcome is that of Select,
-// Fetch and Attend, but the slot table, which stays empty. Cost: the bytes of centroids and rows;
-// at batch 1 the latency of four barriers and about six dependent reads of device memory.
+// What passes between the blocks lies in their shared memory. Some of the missed rows are on their
+// way over PCIe while other warps attend to the resident ones (LayerTiles). The outcome is that of
+// Select, Fetch and Attend, but the slot table, which stays empty. Cost: the bytes of centroids and
+// rows; at batch 1 the latency of four barriers and about six dependent reads of device memory.
 #include <algorithm>
 
 #include "gpu/cuda/kernels/centroid_scores.cuh"
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
   if (rank == 0 && threadIdx.x == 0 && entry == Entry::kCurrent) {
     shared.evict.freed = state.free_count(head);
   }
+  if (rank == 0 && threadIdx.x == 32) shared.chunks_of = scratch.chunk_steps[blockIdx.z];
   const uint32_t budget = min(launch_budget, block.budget_tokens);
   const uint32_t share = (clusters + gridDim.x - 1) / gridDim.x;
   const uint32_t begin = min(clusters, rank * share);
@@ -151,8 +152,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadDim>)
                               .sinks = min(block.sink_tokens, shared.slot.latch.length),
                               .estimates = block.estimate != 0 ? clusters : 0,
                               .window = FindWindow(block, shared.slot.latch)};
-    attention.Attend(rank + threadIdx.x / 32 * gridDim.x, kWarps * gridDim.x,
-                     (finder.rows() + kTileRows - 1) / kTileRows, finder, shared.queries, scale,
+    attention.Attend(LayerTiles(finder), finder, shared.queries, scale,
                      reinterpret_cast<const std::byte*>(&state.header()),
                      reinterpret_cast<Tile<kHeadDim>*>(area)[threadIdx.x / 32]);
   }

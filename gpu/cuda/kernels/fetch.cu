@@ -1,4 +1,4 @@
-// Fetch: the cluster cache of one (layer, KV head), by one block, or by a team of blocks.
+// Fetch: the cluster cache of one (layer, KV head), by one block.
 //
 //   selected ─► resident? ─yes─► touched          slots of the first `take` rows of each
 //                  └─no──► slots (free, else those ──────────────────────────────────────► table
@@ -9,11 +9,7 @@
 // (fetch_gather.cuh), up to 64 KiB in flight for each block (design D5); slots are noted in the
 // state meanwhile. What is chosen, touched and evicted is what the host backend would; which free
 // slot a row gets is not determined, and shows nowhere.
-//
-// Where a batch has few heads, a team of blocks has each, so that more is on its way. Every block
-// finds the misses by itself and gathers its part of them; only the first writes to the state.
 #include "gpu/cuda/kernels/block_sums.cuh"
-#include "gpu/cuda/kernels/block_team.cuh"
 #include "gpu/cuda/kernels/cluster_cache.cuh"
 #include "gpu/cuda/kernels/decode_kernels.h"
 #include "gpu/cuda/kernels/fetch_gather.cuh"
@@ -26,11 +22,7 @@ namespace {
 
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kInShared = kCopiedSlots / 2;  // clusters whose keys and sizes fit shared memory
-// Of teams: more than a few hundred KiB on their way do not come faster, and from about 2 MiB on
-// all other reads of device memory, of whichever kernel, wait until they are there.
-constexpr uint32_t kMostInFlight = 1 << 20;
-constexpr uint32_t kMostTeam = 8;  // blocks; more are not portable
-constexpr uint32_t kHit = ~0u;     // in miss_of
+constexpr uint32_t kHit = ~0u;                    // in miss_of
 
 struct FetchShared {
   SharedSlot slot;
@@ -48,7 +40,7 @@ struct FetchShared {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    FetchKernel(const BatchTable* table, uint32_t layer, uint32_t team_blocks, uint32_t* fault) {
+    FetchKernel(const BatchTable* table, uint32_t layer, uint32_t* fault) {
   FollowPredecessor();
   extern __shared__ __align__(128) std::byte dynamic_shared[];
   std::byte* const buffers = dynamic_shared;
@@ -57,10 +49,9 @@ __global__ void __launch_bounds__(kThreads)
   const DeviceSlot* const slot = &shared.slot.slot;
   const DeviceState state(*slot);
   const StateBlock& block = state.block();
-  const Team team = {.blocks = team_blocks, .rank = blockIdx.x % team_blocks};
-  const uint32_t kv_head = blockIdx.x / team_blocks;
+  const uint32_t kv_head = blockIdx.x;
   const size_t head = HeadIndex(block, layer, kv_head);
-  const size_t item = size_t{blockIdx.y} * (gridDim.x / team_blocks) + kv_head;
+  const size_t item = size_t{blockIdx.y} * gridDim.x + kv_head;
   const uint32_t clusters =
       min(state.VisibleClusters(head, shared.slot.latch.segments), table->scratch.clusters);
   const uint32_t step = shared.slot.latch.step;
@@ -76,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint2 chunks_of = table->scratch.chunk_steps[blockIdx.y];
   if (threadIdx.x == 0) {
     shared.hits = shared.hit_tokens = shared.misses = shared.missed_tokens = 0;
-    shared.damaged = shared.evict.damaged = false;
+    shared.damaged = shared.gather.damaged = shared.evict.damaged = false;
     shared.evict.freed = state.free_count(head);
   }
   PrepareGather(shared.gather);
@@ -104,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const uint32_t tokens = state.ClusterTokens(entry);
     if (!missed) {
-      if (team.first()) last_used[cluster] = step;  // not 0 before: no block takes it for a miss
+      last_used[cluster] = step;
       ++hits, hit_tokens += tokens;
     } else {
       ++misses, missed_tokens += tokens;
@@ -116,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const uint32_t needed = shared.missed_tokens;
   if (shared.damaged || shared.evict.freed > block.cache_tokens || needed > block.cache_tokens) {
-    if (team.first() && threadIdx.x == 0) {
+    if (threadIdx.x == 0) {
       state.slot_count(kv_head) = 0;
       Report(fault, KernelFault::kDamagedState, layer);
     }
@@ -129,21 +120,11 @@ __global__ void __launch_bounds__(kThreads)
     auto* const keys =
         in_shared ? shared.room
                   : reinterpret_cast<uint32_t*>(scratch.scores + item * scratch.score_stride);
-    team.Arrive();
-    team.Wait();  // all have looked up
-    if (team.first()) {
-      Evict<kThreads>(state, head, clusters, needed - shared.evict.freed, step, keys,
-                      in_shared ? shared.room + kInShared : keys + scratch.clusters,
-                      scratch.chosen + item * scratch.chosen_stride, shared.evict);
-      if (threadIdx.x > 0 && threadIdx.x < team.blocks) {
-        team.Of(threadIdx.x, shared.evict.freed) = shared.evict.freed;
-        team.Of(threadIdx.x, shared.evict.damaged) = shared.evict.damaged;
-      }
-    }
-    team.Arrive();
-    team.Wait();
+    Evict<kThreads>(state, head, clusters, needed - shared.evict.freed, step, keys,
+                    in_shared ? shared.room + kInShared : keys + scratch.clusters,
+                    scratch.chosen + item * scratch.chosen_stride, shared.evict);
     if (shared.evict.damaged || shared.evict.freed < needed) {
-      if (team.first() && threadIdx.x == 0) {
+      if (threadIdx.x == 0) {
         state.slot_count(kv_head) = 0;
         Report(fault, KernelFault::kDamagedState, layer);
       }
@@ -169,7 +150,6 @@ __global__ void __launch_bounds__(kThreads)
       look_up();
     }
     if (i >= count) missed = false;
-    team.Arrive();
     const uint32_t tokens = i < count ? state.ClusterTokens(entry) : 0;
     const uint32_t used = min(min(attended, tokens), block.budget_tokens);
     uint32_t totals[4], before[4] = {used, missed ? tokens : 0, missed ? 1u : 0u,
@@ -200,33 +180,30 @@ __global__ void __launch_bounds__(kThreads)
     if (shared.damaged) break;
     const MissedRows rows = {
         .misses = totals[2], .rows = totals[1], .pieces = totals[3], .before = missed_begin};
-    Gather gather(state, head, team, rows, slots, buffers, shared.gather, shared.damaged);
+    Gather gather(state, head, rows, slots, buffers, shared.gather);
     gather.Start();
-    if (team.first()) {
-      AssignSlots(state, head, rows, slots, shared.gather);
-      const uint32_t listed = min(kThreads, count - begin);
-      const uint32_t room = block.budget_tokens - min(table_begin, block.budget_tokens);
+    AssignSlots(state, head, rows, slots, shared.gather);
+    const uint32_t listed = min(kThreads, count - begin);
+    const uint32_t room = block.budget_tokens - min(table_begin, block.budget_tokens);
 #pragma unroll 4
-      for (uint32_t row = threadIdx.x; row < min(totals[0], room); row += kThreads) {
-        const uint32_t j = FindRun(shared.table_begin, listed, row);
-        const uint32_t offset = row - shared.table_begin[j], miss = shared.miss_of[j];
-        const uint32_t cache_slot =
-            miss == kHit ? state.slot_of_row(head)[shared.first_row[j] + offset]
-                         : slots(missed_begin + shared.gather.miss_begin[miss] + offset);
-        if (cache_slot >= block.cache_tokens) shared.damaged = true;
-        slot_table[table_begin + row] = cache_slot;
-      }
+    for (uint32_t row = threadIdx.x; row < min(totals[0], room); row += kThreads) {
+      const uint32_t j = FindRun(shared.table_begin, listed, row);
+      const uint32_t offset = row - shared.table_begin[j], miss = shared.miss_of[j];
+      const uint32_t cache_slot =
+          miss == kHit ? state.slot_of_row(head)[shared.first_row[j] + offset]
+                       : slots(missed_begin + shared.gather.miss_begin[miss] + offset);
+      if (cache_slot >= block.cache_tokens) shared.gather.damaged = true;
+      slot_table[table_begin + row] = cache_slot;
     }
     gather.Finish();
-    team.Wait();  // all have looked up
     __syncthreads();
-    if (shared.damaged) break;
-    if (team.first() && missed) last_used[cluster] = step;
+    if (shared.gather.damaged) break;
+    if (missed) last_used[cluster] = step;
     table_begin += totals[0];
     missed_begin += totals[1];
   }
-  if (!team.first() || threadIdx.x != 0) return;
-  if (shared.damaged) {
+  if (threadIdx.x != 0) return;
+  if (shared.damaged || shared.gather.damaged) {
     state.free_count(head) = free - missed_begin;
     state.slot_count(kv_head) = 0;
     Report(fault, KernelFault::kDamagedState, layer);
@@ -248,18 +225,13 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchFetch(const BatchShape& shape, uint32_t layer, cudaStream_t stream) {
-  uint32_t team = 1;
-  const uint32_t heads = shape.kv_heads * shape.count;
-  while (shape.overlap && team < kMostTeam && 2 * team * heads * kCopyBytes <= kMostInFlight) {
-    team *= 2;
-  }
-  const dim3 grid(team * shape.kv_heads, shape.count);
+  const dim3 grid(shape.kv_heads, shape.count);
   constexpr int kBytes = kCopyBytes + sizeof(FetchShared);
   const cudaError_t sized =
       cudaFuncSetAttribute(FetchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (sized != cudaSuccess) return sized;
-  return LaunchOverlapped(shape.overlap, team, FetchKernel, grid, kThreads, kBytes, stream,
-                          shape.table, layer, team, shape.fault);
+  return LaunchOverlapped(shape.overlap, FetchKernel, grid, kThreads, kBytes, stream, shape.table,
+                          layer, shape.fault);
 }
 
 }  // namespace clusterkv::gpu::cuda

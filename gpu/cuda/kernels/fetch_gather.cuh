@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "gpu/cuda/kernels/block_team.cuh"
 #include "gpu/cuda/kernels/bulk_copy.cuh"
 #include "gpu/cuda/kernels/state_access.cuh"
 
@@ -28,6 +27,7 @@ struct GatherShared {
   uint32_t miss_piece[kThreads];
   uint32_t miss_first_row[kThreads];
   const std::byte* miss_source[kThreads];
+  bool damaged;  // false before; a slot leads outside the cache
   uint64_t barriers[kCopyLanes][kBuffers];
   uint32_t phases[kCopyLanes];  // a bit for each buffer: the phase that comes next
 };
@@ -75,30 +75,26 @@ __device__ void AssignSlots(const DeviceState& state, size_t head, const MissedR
 
 // K and V of the missed rows into their slots. A piece is up to kPieceBytes of one cluster's rows,
 // which are contiguous in the host store and scatter over the cache. All threads make one, start
-// it and finish it. damaged: in shared memory; set where a slot leads outside the cache.
+// it and finish it.
 template <uint32_t kThreads>
 class Gather {
  public:
-  __device__ Gather(const DeviceState& state, size_t head, Team team, const MissedRows& missed,
-                    const FreeSlots& slots, std::byte* buffers, GatherShared<kThreads>& shared,
-                    bool& damaged)
+  __device__ Gather(const DeviceState& state, size_t head, const MissedRows& missed,
+                    const FreeSlots& slots, std::byte* buffers, GatherShared<kThreads>& shared)
       : state_(state),
         head_(head),
         missed_(missed),
         slots_(slots),
         lane_(threadIdx.x / kCopyStride),
-        first_piece_(lane_ * team.blocks + team.rank),
-        lanes_(kCopyLanes * team.blocks),
         pieces_(threadIdx.x % kCopyStride == 0 ? missed.pieces : 0),
         buffers_(buffers + lane_ * kBuffers * kPieceBytes),
-        shared_(shared),
-        damaged_(damaged) {}
+        shared_(shared) {}
 
   // The first pieces are on their way.
   __device__ void Start() {
 #pragma unroll
     for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
-      const uint32_t piece = first_piece_ + buffer * lanes_;
+      const uint32_t piece = lane_ + buffer * kCopyLanes;
       if (piece < pieces_) Load(piece, buffer);
     }
   }
@@ -106,22 +102,22 @@ class Gather {
   // Without a barrier at the end.
   __device__ void Finish() {
     const auto row_bytes = static_cast<uint32_t>(state_.row_bytes());
-    for (uint32_t piece = first_piece_; piece < pieces_; piece += kBuffers * lanes_) {
+    for (uint32_t piece = lane_; piece < pieces_; piece += kBuffers * kCopyLanes) {
 #pragma unroll
       for (uint32_t buffer = 0; buffer < kBuffers; ++buffer) {
-        if (piece + buffer * lanes_ >= pieces_) break;
+        if (piece + buffer * kCopyLanes >= pieces_) break;
         Wait(buffer);
         for (uint32_t r = 0; r < rows_[buffer]; ++r) {
           const uint32_t slot = slots_(first_row_[buffer] + r);
           if (slot >= state_.block().cache_tokens) {
-            damaged_ = true;
+            shared_.damaged = true;
             continue;
           }
           StartBulkStore(state_.cache(head_, slot), buffers_ + buffer * kPieceBytes + r * row_bytes,
                          row_bytes);
         }
         CommitBulkStores();
-        const uint32_t next = piece + (kBuffers + buffer) * lanes_;
+        const uint32_t next = piece + (kBuffers + buffer) * kCopyLanes;
         if (next >= pieces_) continue;
         WaitBulkReads();
         Load(next, buffer);
@@ -157,12 +153,10 @@ class Gather {
   const size_t head_;
   const MissedRows& missed_;
   const FreeSlots& slots_;
-  const uint32_t lane_;                 // of those that copy, in this block
-  const uint32_t first_piece_, lanes_;  // of those of all blocks
-  const uint32_t pieces_;               // 0: this thread does not copy
+  const uint32_t lane_;    // of those that copy
+  const uint32_t pieces_;  // 0: this thread does not copy
   std::byte* const buffers_;
   GatherShared<kThreads>& shared_;
-  bool& damaged_;
   uint32_t rows_[kBuffers], first_row_[kBuffers];  // of the pieces in the buffers
 };
 
@@ -179,15 +173,9 @@ __device__ void PrepareGather(GatherShared<kThreads>& shared) {
 template <uint32_t kThreads>
 class Gather {
  public:
-  __device__ Gather(const DeviceState& state, size_t head, Team /*team*/, const MissedRows& missed,
-                    const FreeSlots& slots, std::byte* /*buffers*/, GatherShared<kThreads>& shared,
-                    bool& damaged)
-      : state_(state),
-        head_(head),
-        missed_(missed),
-        slots_(slots),
-        shared_(shared),
-        damaged_(damaged) {}
+  __device__ Gather(const DeviceState& state, size_t head, const MissedRows& missed,
+                    const FreeSlots& slots, std::byte* /*buffers*/, GatherShared<kThreads>& shared)
+      : state_(state), head_(head), missed_(missed), slots_(slots), shared_(shared) {}
 
   __device__ void Start() {}
   __device__ void Finish() {
@@ -213,7 +201,7 @@ class Gather {
         if (word >= words) continue;
         const uint32_t slot = slots_(missed_.before + word / row_words);
         if (slot >= state_.block().cache_tokens) {
-          damaged_ = true;
+          shared_.damaged = true;
           continue;
         }
         reinterpret_cast<uint4*>(state_.cache(head_, slot))[word % row_words] = values[i];
@@ -227,7 +215,6 @@ class Gather {
   const MissedRows& missed_;
   const FreeSlots& slots_;
   GatherShared<kThreads>& shared_;
-  bool& damaged_;
 };
 
 template <uint32_t kThreads>

@@ -72,9 +72,8 @@ __device__ LayerPlan Choose(const DeviceState& state, uint32_t layer, uint32_t k
       continue;
     }
     const ClusterEntry entry = entries[cluster];
-    const std::byte* const chunk =
-        FindChunk(shared.slot.slot, shared.slot.latch, scratch, blockIdx.z,
-                  scratch.chunk_steps[blockIdx.z], entry.chunk);
+    const std::byte* const chunk = FindChunk(shared.slot.slot, shared.slot.latch, scratch,
+                                             blockIdx.z, shared.chunks_of, entry.chunk);
     if (chunk == nullptr) {
       Report(fault, KernelFault::kChunkNotMapped, entry.chunk);
       shared.damaged = true;
@@ -97,6 +96,7 @@ __device__ LayerPlan Choose(const DeviceState& state, uint32_t layer, uint32_t k
   if (sound) {
     const uint32_t resident = hit_tokens - (shared.trimmed_missed ? 0 : shared.trimmed);
     plan.listed = min(budget, hit_tokens + missed_tokens);
+    plan.resident = min(plan.listed, resident);
     plan.free_top = shared.evict.freed;
     if (shared.trimmed_missed) {
       plan.rest = shared.trimmed;
@@ -151,9 +151,9 @@ struct RowFinder {
   uint32_t layer, sinks, estimates;
   WindowRows window;
 
-  __device__ uint32_t rows() const {
-    return sinks + window.count + estimates + plan.listed + plan.rest;
-  }
+  // Those in device memory.
+  __device__ uint32_t near_rows() const { return sinks + window.count + estimates + plan.resident; }
+  __device__ uint32_t rows() const { return near_rows() + plan.listed - plan.resident + plan.rest; }
   __device__ TileRow operator()(uint32_t index) const {
     if (index < sinks) return ExactRow(state, state.sink(head, index));
     if ((index -= sinks) < window.count) {
@@ -192,6 +192,45 @@ struct RowFinder {
   __device__ TileRow Damaged() const {
     Report(fault, KernelFault::kDamagedState, layer);
     return {};
+  }
+};
+
+// Tiles of a warp, in turn: near ones, of rows in device memory, before those with missed rows. If
+// there are such, the last warp of each block begins with them, so that the link is busy while the
+// others attend to the near ones; these then join it.
+//
+// One warp a block, not more: beyond 1 to 2 MiB on their way over PCIe, all other reads of device
+// memory wait until these are there; 256 KiB fill the link (tests/gpu/cuda/link_benchmark.cu).
+struct LayerTiles {
+  const RowFinder& rows;
+  uint32_t index;
+  bool joined;
+
+  __device__ explicit LayerTiles(const RowFinder& rows)
+      : rows(rows), index(blockIdx.x + warp() * gridDim.x), joined(true) {
+    if (rows.near_rows() == rows.rows()) return;
+    if (warp() == kWarps - 1) {
+      index = near() + blockIdx.x;
+    } else {
+      joined = false;
+      JoinAtEnd();
+    }
+  }
+
+  __device__ bool more() const { return index * kTileRows < rows.rows(); }
+  __device__ void Advance() {
+    index += (joined ? kWarps : kWarps - 1) * gridDim.x;
+    JoinAtEnd();
+  }
+
+ private:
+  static __device__ uint32_t warp() { return threadIdx.x / 32; }
+  __device__ uint32_t near() const { return rows.near_rows() / kTileRows; }
+  // From the near tiles to the missed ones.
+  __device__ void JoinAtEnd() {
+    if (joined || index < near()) return;
+    joined = true;
+    index = near() + (1 + warp()) * gridDim.x + blockIdx.x;
   }
 };
 

@@ -23,6 +23,7 @@ constexpr uint32_t kMostBlocks = 16;  // of a team; more than 8 are not portable
 struct LayerPlan {
   uint32_t stale;   // 1: the state is not this slot's
   uint32_t listed;  // rows on the list: the resident ones, then the missed ones
+  uint32_t resident;
   // Rows of the last missed cluster that are not attended, but kept.
   uint32_t rest, rest_offset, rest_miss;
   uint32_t free_top;  // free slots before the misses take theirs
@@ -40,6 +41,7 @@ struct LayerShared {
   LayerPlan plan;
   SharedSlot slot;
   // Of the first block.
+  uint2 chunks_of;  // the scratch's chunk_steps of the slot
   EvictShared<kThreads> evict;
   BlockSums<kThreads, 3> chosen_sums;
   uint32_t trimmed;  // rows of the last chosen cluster that the budget leaves out
