@@ -94,7 +94,8 @@ class DecodeOps {
   // Writes each slot's StepError bits to errors[i] and clears them. In host memory; to be captured
   // in a graph it must be pinned.
   virtual absl::Status EndStep(Stream& stream, Batch batch, absl::Span<uint32_t> errors) = 0;
-  // Writes the layer's counters and the step's cut to reports[i], pinned memory.
+  // Writes the layer's counters, the step's cut and, as EndStep, its errors to reports[i], pinned
+  // memory.
   virtual absl::Status ReportLayer(Stream& stream, Batch batch, uint32_t layer,
                                    absl::Span<LayerReport> reports) = 0;
 };

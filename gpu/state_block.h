@@ -39,7 +39,7 @@ struct StepLatch {
   uint32_t cut;       // first position that no published segment holds
   uint32_t length;    // tokens in the sequence, with this step's own after begin-step
   uint32_t step;      // steps begun, from 1
-  uint32_t errors;    // StepError bits, sticky until end-step reports them
+  uint32_t errors;    // StepError bits, sticky until EndStep or ReportLayer reports them
 };
 
 enum StepError : uint32_t {
@@ -57,7 +57,7 @@ struct LayerCounters {
 // What one layer of a step left in a sequence's state.
 struct LayerReport {
   uint32_t cut;
-  uint32_t stale;  // 1: the slot's generation is not the state's; the rest is 0
+  uint32_t errors;  // StepError bits; if kStaleGeneration, the rest is 0
   LayerCounters counters;
 };
 

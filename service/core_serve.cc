@@ -270,7 +270,6 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
     return finished;
   };
   CKV_RETURN_IF_ERROR(tensors.Prepare(stream, shape, work.places));
-  CKV_RETURN_IF_ERROR(StageServed(work, tensors));
   if (!beginning.empty()) CKV_RETURN_IF_ERROR(ops.BeginStep(stream, beginning));
   CKV_RETURN_IF_ERROR(ops.Append(stream, batch, layer, tensors.tokens()));
   if (work.timed) {
@@ -286,10 +285,10 @@ absl::Status ServiceCore::EnqueueServe(ServeWork& work, gpu::Batch batch, gpu::B
   if (work.request.want_output) {
     CKV_RETURN_IF_ERROR(tensors.ReturnOutputs(stream, work.places));
   }
+  // While the device is at the layer.
+  CKV_RETURN_IF_ERROR(StageServed(work, tensors));
   CKV_RETURN_IF_ERROR(
       ops.ReportLayer(stream, batch, layer, {tensors.reports().data(), tensors.reports().size()}));
-  CKV_RETURN_IF_ERROR(
-      ops.EndStep(stream, batch, {tensors.errors().data(), tensors.errors().size()}));
   if (work.timed) return end_phase("attend_ms", work.attend_seconds);
   work.trace.End("enqueue_ms");
   return absl::OkStatus();
@@ -318,12 +317,12 @@ absl::Status ServiceCore::RunServe(ServeWork& work) {
 absl::Status ServiceCore::TakeServed(ServeWork& work, size_t index, const gpu::BatchSlot& slot) {
   ServeWork::Item& item = work.items[index];
   const ServeTensors& tensors = *serve_tensors_;
-  if (const uint32_t errors = tensors.errors()[index]; errors != 0) {
+  const gpu::LayerReport& report = tensors.reports()[index];
+  if (report.errors != 0) {
     item.failure = absl::InternalError(
-        fmt::format("sequence {}: step error bits {}", item.result.sequence, errors));
+        fmt::format("sequence {}: step error bits {}", item.result.sequence, report.errors));
     return absl::OkStatus();
   }
-  const gpu::LayerReport& report = tensors.reports()[index];
   item.after = report.counters;
   item.result.cut = report.cut;
   item.result.hit_clusters =

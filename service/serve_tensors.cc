@@ -59,11 +59,9 @@ absl::Status ServeTensors::Prepare(gpu::Stream& stream, const gpu::Shape& shape,
   const size_t token_offset = q_offset + RoundUp(count * q_bytes);
   const size_t out_offset = token_offset + RoundUp(count * 2 * kv_bytes);
   const size_t report_offset = out_offset + RoundUp(count * output_bytes_);
-  const size_t error_offset = report_offset + RoundUp(count * sizeof(gpu::LayerReport));
-  CKV_RETURN_IF_ERROR(Grow(error_offset + RoundUp(count * sizeof(uint32_t))));
+  CKV_RETURN_IF_ERROR(Grow(report_offset + RoundUp(count * sizeof(gpu::LayerReport))));
   std::byte* const base = buffer_->data();
   reports_ = {reinterpret_cast<gpu::LayerReport*>(base + report_offset), count};
-  errors_ = {reinterpret_cast<uint32_t*>(base + error_offset), count};
 
   queries_ = {.q = base + q_offset, .batch_stride = q_bytes, .head_stride = row};
   if (const auto stride = ConstantStride(count, [&](size_t i) { return InArena(places[i].q); })) {

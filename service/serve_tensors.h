@@ -44,7 +44,6 @@ class ServeTensors {
   // Where item i's K and V of this layer begin, as a range of one token, and the next item's.
   const std::byte* token(size_t i) const { return tokens_.k + i * tokens_.batch_stride; }
   size_t token_stride() const { return tokens_.batch_stride; }
-  std::span<uint32_t> errors() const { return errors_; }
   std::span<gpu::LayerReport> reports() const { return reports_; }
 
   // Outputs of the buffer to the arenas that they were asked in; nothing where they are in place.
@@ -63,7 +62,6 @@ class ServeTensors {
   gpu::QuerySource queries_;
   gpu::KvSource tokens_;
   gpu::AttentionTarget target_;
-  std::span<uint32_t> errors_;
   std::span<gpu::LayerReport> reports_;
 };
 

@@ -29,6 +29,13 @@ bool IsCurrent(const BatchSlot& slot) {
   return IsUsable(slot) && StateView(slot).IsCurrent(slot.generation);
 }
 
+// Errors of the step so far, which are cleared. The block may be another sequence's by now: only
+// its own slot may clear its errors.
+uint32_t TakeErrors(const BatchSlot& slot) {
+  if (!IsCurrent(slot)) return kStaleGeneration;
+  return std::exchange(StateView(slot).latch().errors, 0);
+}
+
 // All (slot, KV head) pairs of a batch, in parallel. `body(slot_index, kv_head)`.
 template <typename Body>
 void ForEachHead(ThreadPool& pool, Batch batch, const Body& body) {
@@ -215,11 +222,7 @@ absl::Status HostDecodeOps::EndStep(Stream& stream, Batch batch, absl::Span<uint
   CKV_RETURN_IF_ERROR(CheckResults(batch, 0, errors.size()));
   return EnqueueOn(stream, [batch, errors] {
     for (size_t i = 0; i < batch.size(); ++i) {
-      errors[i] = 0;
-      if (!IsUsable(batch[i])) continue;
-      // The block may be another sequence's by now: only its own slot may clear its errors.
-      errors[i] = IsCurrent(batch[i]) ? std::exchange(StateView(batch[i]).latch().errors, 0)
-                                      : static_cast<uint32_t>(kStaleGeneration);
+      errors[i] = IsUsable(batch[i]) ? TakeErrors(batch[i]) : 0;
     }
     return absl::OkStatus();
   });
@@ -232,12 +235,11 @@ absl::Status HostDecodeOps::ReportLayer(Stream& stream, Batch batch, uint32_t la
     for (size_t i = 0; i < batch.size(); ++i) {
       reports[i] = {};
       if (!IsUsable(batch[i])) continue;
-      if (IsCurrent(batch[i])) {
-        const StateView view(batch[i]);
-        reports[i] = {.cut = view.latch().cut, .stale = 0, .counters = view.counters(layer)};
-      } else {
-        reports[i].stale = 1;
-      }
+      reports[i].errors = TakeErrors(batch[i]);
+      if (!IsCurrent(batch[i])) continue;
+      const StateView view(batch[i]);
+      reports[i].cut = view.latch().cut;
+      reports[i].counters = view.counters(layer);
     }
     return absl::OkStatus();
   });

@@ -46,6 +46,7 @@ DecodeChecker::DecodeChecker(Device& device, Stream& stream, std::vector<TestSeq
   out_ = std::make_unique<TestBuffer>(device, stream, sequences_.size() * target_.batch_stride * 4);
   lse_ = std::make_unique<TestBuffer>(device, stream,
                                       sequences_.size() * target_.lse_batch_stride * 4);
+  reports_ = *device.AllocatePinned(sequences_.size() * sizeof(LayerReport));
   target_.out = reinterpret_cast<float*>(out_->data());
   target_.lse = reinterpret_cast<float*>(lse_->data());
   std::normal_distribution<double> normal(0.0, 2.0);
@@ -369,6 +370,8 @@ void DecodeChecker::Step(uint32_t budget) {
                            .v = appended_->data() + shape().kv_heads * half,
                            .batch_stride = 2 * shape().kv_heads * half,
                            .head_stride = half};
+  const absl::Span<LayerReport> reports(reinterpret_cast<LayerReport*>(reports_->data()),
+                                        sequences_.size());
   for (uint32_t layer = 0; layer < shape().layers; ++layer) {
     UploadStep(layer);
     ASSERT_TRUE(ops.Append(stream_, batch_, layer, source).ok());
@@ -380,6 +383,7 @@ void DecodeChecker::Step(uint32_t budget) {
       ASSERT_TRUE(ops.Fetch(stream_, batch_, layer).ok());
       ASSERT_TRUE(ops.Attend(stream_, batch_, layer, query_source_, target_).ok());
     }
+    ASSERT_TRUE(ops.ReportLayer(stream_, batch_, layer, reports).ok());
     ASSERT_TRUE(stream_.Synchronize().ok());
     for (size_t i = 0; i < sequences_.size(); ++i) {
       for (uint32_t kv_head = 0; kv_head < shape().kv_heads; ++kv_head) {
@@ -393,9 +397,9 @@ void DecodeChecker::Step(uint32_t budget) {
         CheckOutput(i, layer, kv_head, selection);
         if (testing::Test::HasFailure()) return;
       }
-      const StateLayout& layout = sequences_[i]->layout();
-      const auto counters = sequences_[i]->state().Download<LayerCounters>(
-          layout.counters + layer * sizeof(LayerCounters), 1)[0];
+      EXPECT_EQ(reports[i].cut, models_[i].cut);
+      EXPECT_EQ(reports[i].errors, 0u);
+      const LayerCounters& counters = reports[i].counters;
       const LayerCounters& expected = models_[i].counters[layer];
       EXPECT_EQ(counters.hit_clusters, expected.hit_clusters);
       EXPECT_EQ(counters.missed_clusters, expected.missed_clusters);

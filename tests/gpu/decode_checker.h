@@ -64,6 +64,7 @@ class DecodeChecker {
   std::vector<std::byte> host_queries_;
   std::vector<double> base_queries_;  // what steps vary, so that selections repeat in part
   std::unique_ptr<TestBuffer> queries_, appended_, out_, lse_;
+  std::unique_ptr<DeviceMemory> reports_;  // pinned [sequences]
   QuerySource query_source_;
   AttentionTarget target_;
 };

@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "tests/gpu/decode_checker.h"
@@ -36,6 +38,22 @@ std::unique_ptr<Device> NewDevice(const std::string& backend) {
   EXPECT_TRUE(device.ok()) << device.status();
   return device.ok() ? *std::move(device) : nullptr;
 }
+
+// Reports of a batch, with what no layer leaves in them.
+class Reports {
+ public:
+  Reports(Device& device, size_t slots)
+      : memory_(*device.AllocatePinned(slots * sizeof(LayerReport))), slots_(slots) {
+    std::memset(memory_->data(), 0x55, memory_->bytes());
+  }
+  absl::Span<LayerReport> span() const {
+    return {reinterpret_cast<LayerReport*>(memory_->data()), slots_};
+  }
+
+ private:
+  const std::unique_ptr<DeviceMemory> memory_;
+  const size_t slots_;
+};
 
 }  // namespace
 
@@ -328,8 +346,15 @@ TEST_P(OpsConformance, StaleGenerationGivesNothingAndTouchesNothing) {
   EXPECT_EQ(out.Download<float>(0, 2 * 6 * 64), separately);
   std::vector<uint32_t> errors(2, 99);
   ASSERT_TRUE(ops.EndStep(*stream_, batch, absl::MakeSpan(errors)).ok());
+  Reports reports(*device_, 2);
+  ASSERT_TRUE(ops.ReportLayer(*stream_, batch, 1, reports.span()).ok());
   ASSERT_TRUE(stream_->Synchronize().ok());
   EXPECT_EQ(errors, (std::vector<uint32_t>{kStaleGeneration, 0}));
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(reports.span()[i].errors, errors[i]);
+    EXPECT_EQ(reports.span()[i].cut, 0u);
+    EXPECT_EQ(reports.span()[i].counters.hit_tokens, 0u);
+  }
   EXPECT_EQ(sequence.state().Download<std::byte>(0, layout.total_bytes), before);
   const auto outputs = out.Download<float>(0, 2 * 6 * 64);
   for (size_t i = 0; i < outputs.size(); ++i) EXPECT_EQ(outputs[i], i < 6 * 64 ? 0.0f : 7.0f);
@@ -377,6 +402,15 @@ TEST_P(OpsConformance, WindowOverflowIsReportedOnceAndHealsWhenPublished) {
   ASSERT_TRUE(ops.EndStep(*stream_, batch, absl::MakeSpan(errors)).ok());
   ASSERT_TRUE(stream_->Synchronize().ok());
   EXPECT_EQ(errors[0], 0u) << "cleared once reported";
+  Reports reports(*device_, 1);
+  for (const uint32_t expected : {uint32_t{kWindowOverflow}, 0u}) {
+    if (expected != 0) {
+      ASSERT_TRUE(ops.BeginStep(*stream_, batch).ok());
+    }
+    ASSERT_TRUE(ops.ReportLayer(*stream_, batch, 0, reports.span()).ok());
+    ASSERT_TRUE(stream_->Synchronize().ok());
+    EXPECT_EQ(reports.span()[0].errors, expected);
+  }
   sequence.Publish({5, 20});
   ASSERT_TRUE(ops.BeginStep(*stream_, batch).ok());
   ASSERT_TRUE(ops.EndStep(*stream_, batch, absl::MakeSpan(errors)).ok());

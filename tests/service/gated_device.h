@@ -197,7 +197,12 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
   }
   absl::Status ReportLayer(gpu::Stream& stream, gpu::Batch batch, uint32_t layer,
                            absl::Span<gpu::LayerReport> reports) override {
-    return device_->decode_ops().ReportLayer(stream, batch, layer, reports);
+    absl::Status status = device_->decode_ops().ReportLayer(stream, batch, layer, reports);
+    for (size_t i = 0; status.ok() && i < batch.size(); ++i) {
+      if (batch[i].generation != fail_steps_of_generation) continue;
+      status = stream.CopyAsync(&reports[i].errors, &kErrorBits, sizeof(kErrorBits));
+    }
+    return status;
   }
   absl::Status BeginStep(gpu::Stream& stream, gpu::Batch batch) override {
     return device_->decode_ops().BeginStep(stream, batch);
@@ -225,12 +230,7 @@ class GatedDevice : public gpu::Device, private gpu::ClusterOps, private gpu::De
   }
   absl::Status EndStep(gpu::Stream& stream, gpu::Batch batch,
                        absl::Span<uint32_t> errors) override {
-    absl::Status status = device_->decode_ops().EndStep(stream, batch, errors);
-    for (size_t i = 0; status.ok() && i < batch.size(); ++i) {
-      if (batch[i].generation != fail_steps_of_generation) continue;
-      status = stream.CopyAsync(&errors[i], &kErrorBits, sizeof(kErrorBits));
-    }
-    return status;
+    return device_->decode_ops().EndStep(stream, batch, errors);
   }
 
   static constexpr uint32_t kErrorBits = gpu::kWindowOverflow;

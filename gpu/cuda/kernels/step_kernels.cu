@@ -91,23 +91,21 @@ __global__ void AppendKernel(const BatchTable* table, uint32_t layer, TokenSourc
   CopyHalfRow(tail + slot->tail_stride, source.v + offset, half, threadIdx.x, blockDim.x);
 }
 
+// Errors of the step so far, which are cleared. The block may be another sequence's by now: only
+// its own slot may clear its errors.
+__device__ uint32_t TakeErrors(const DeviceState& state) {
+  if (!state.IsCurrent()) return kStaleGeneration;
+  const uint32_t errors = state.latch().errors;
+  state.latch().errors = 0;
+  return errors;
+}
+
 __global__ void EndStepKernel(const BatchTable* table, uint32_t* errors, uint32_t count) {
   FollowPredecessor();
   const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= count) return;
   const DeviceSlot* const slot = ActiveSlot(table, index);
-  uint32_t found = 0;
-  if (slot != nullptr) {
-    const DeviceState state(*slot);
-    // The block may be another sequence's by now: only its own slot may clear its errors.
-    if (state.IsCurrent()) {
-      found = state.latch().errors;
-      state.latch().errors = 0;
-    } else {
-      found = kStaleGeneration;
-    }
-  }
-  errors[index] = found;
+  errors[index] = slot != nullptr ? TakeErrors(DeviceState(*slot)) : 0;
 }
 
 __global__ void ReportLayerKernel(const BatchTable* table, uint32_t layer, LayerReport* reports,
@@ -118,10 +116,10 @@ __global__ void ReportLayerKernel(const BatchTable* table, uint32_t layer, Layer
   LayerReport report = {};
   if (const DeviceSlot* const slot = ActiveSlot(table, index)) {
     const DeviceState state(*slot);
+    report.errors = TakeErrors(state);
     if (state.IsCurrent()) {
-      report = {.cut = state.latch().cut, .stale = 0, .counters = state.counters(layer)};
-    } else {
-      report.stale = 1;
+      report.cut = state.latch().cut;
+      report.counters = state.counters(layer);
     }
   }
   reports[index] = report;

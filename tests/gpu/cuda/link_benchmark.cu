@@ -9,12 +9,12 @@
 // over the link beside 26 MiB of device memory:
 //
 //   KiB on their way            66     132    264    528    1,056   2,112
-//   link, GB/s                  40      50     50     50       50      50
-//   device memory, us           11      11     11     11       14     136
+//   link, GB/s                  42      51     50     50       51      51
+//   device memory, us           14      12     11     11       12     113
 //
 // So beyond some size reads of device memory wait for all that is on its way over the link, in
 // whichever kernel: Fetch copies what it needs of device memory ahead, and DecodeLayer starts with
-// few missed rows (LayerTiles). Nothing but a CUDA runtime is needed.
+// few missed rows (LayerTiles in layer_choice.cuh). Nothing but a CUDA runtime is needed.
 #include <cuda_runtime.h>
 
 #include <algorithm>
