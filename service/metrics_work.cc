@@ -15,7 +15,8 @@ void AddFetchMetrics(MetricFamilies& families, const DaemonStatus& status) {
     families.Summary(
         "clusterkv_fetch_phase_seconds",
         "Phases of served fetches. queue and finish of every call; prepare (inputs, append, "
-        "select), gather and attend of one call in 64, which waits between them.",
+        "select), gather and attend (and staging the tokens) of one call in 64, which waits "
+        "between them.",
         fetch.phases[i], {{"phase", kFetchPhaseNames[i]}});
   }
   const std::pair<const char*, const TransferStatus*> directions[] = {{"d2h", &status.d2h},

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <set>
@@ -399,7 +400,10 @@ void DecodeChecker::Step(uint32_t budget) {
       }
       EXPECT_EQ(reports[i].cut, models_[i].cut);
       EXPECT_EQ(reports[i].errors, 0u);
-      const LayerCounters& counters = reports[i].counters;
+      // Where the daemon samples them, too.
+      const auto counters = sequences_[i]->state().Download<LayerCounters>(
+          sequences_[i]->layout().counters + layer * sizeof(LayerCounters), 1)[0];
+      EXPECT_EQ(std::memcmp(&reports[i].counters, &counters, sizeof(counters)), 0);
       const LayerCounters& expected = models_[i].counters[layer];
       EXPECT_EQ(counters.hit_clusters, expected.hit_clusters);
       EXPECT_EQ(counters.missed_clusters, expected.missed_clusters);

@@ -21,9 +21,9 @@ constexpr uint32_t kMostBlocks = 16;  // of a team; more than 8 are not portable
 
 // What the first block found, for all blocks.
 struct LayerPlan {
-  uint32_t stale;   // 1: the state is not this slot's
-  uint32_t listed;  // rows on the list: the resident ones, then the missed ones
-  uint32_t resident;
+  uint32_t stale;     // 1: the state is not this slot's
+  uint32_t listed;    // rows on the list: the resident ones, then the missed ones
+  uint32_t resident;  // of these
   // Rows of the last missed cluster that are not attended, but kept.
   uint32_t rest, rest_offset, rest_miss;
   uint32_t free_top;  // free slots before the misses take theirs
